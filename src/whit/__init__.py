@@ -1,0 +1,1 @@
+"""Whit: make language models small with the least possible damage."""

@@ -1,0 +1,36 @@
+"""A model that was opened but not loaded: its configuration and its tensors under transformers' names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from whit.checkpoints.source import TensorSource
+
+Metadata = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model; only headers have been read.
+
+    label            what the user typed
+    config           the content of config.json (rebuilt from metadata when the model is a GGUF file)
+    tensors          tensors under the names that transformers gives them on disk
+    n_bytes          size of the weight files on disk
+    tokenizer_dir    folder with tokenizer.json or tokenizer.model and tokenizer_config.json, if there is one
+    gguf_path        the file, when the model is a GGUF file
+    gguf_metadata    its metadata, else empty
+    gguf_tensors     its tensors under GGUF names, else None
+    """
+
+    label: str
+    config: Mapping[str, Any]
+    tensors: TensorSource
+    n_bytes: int
+    tokenizer_dir: Path | None = None
+    gguf_path: Path | None = None
+    gguf_metadata: Metadata = field(default_factory=dict)
+    gguf_tensors: TensorSource | None = None
