@@ -1,0 +1,149 @@
+"""Level sets: which multiples of the scale a code stands for.
+
+A level set maps codes 0..n-1 to fixed numbers ("levels") and finds the level nearest to a number that is
+already divided by the scale. Scales, groups and offsets are not its business (scaled.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Levels(Protocol):
+    """A finite, ordered set of numbers."""
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        ...
+
+    @property
+    def low(self) -> float:
+        """The smallest level that rounding may choose."""
+        ...
+
+    @property
+    def high(self) -> float:
+        """The largest level that rounding may choose."""
+        ...
+
+    @property
+    def mirrored(self) -> bool:
+        """True when rounding -x always gives minus the level of x."""
+        ...
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """uint8 codes of the levels nearest to x (float32, any shape)."""
+        ...
+
+    def values(self, codes: Tensor) -> Tensor:
+        """float32 levels of uint8 codes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Consecutive integers, stored with an offset so that codes are unsigned.
+
+    bits    2..8
+    zero    the code of level 0: 2^(bits-1) for signed levels, 0 for unsigned ones
+    mirrored  rounding leaves the lowest level out, so that the set is symmetric about zero. Such a file may
+              still hold the lowest level when another tool wrote it, and decoding honours it.
+    """
+
+    bits: int
+    zero: int
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"integer levels take 1 to 8 bits, found {self.bits}")
+
+    @property
+    def low(self) -> float:
+        """-2^(b-1), one more when mirrored; 0 for unsigned levels."""
+        return float(-self.zero + self.mirrored)
+
+    @property
+    def high(self) -> float:
+        """2^(b-1) - 1, or 2^b - 1 for unsigned levels."""
+        return float(2**self.bits - 1 - self.zero)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Codes of the nearest integers. Ties: away from zero when mirrored, upwards otherwise.
+
+        These are the ties of GGML's reference encoders (Q8_0 rounds halves away from zero, the others add one
+        half and truncate), in their order of operations, so that codes agree to the last tie.
+        """
+        if self.mirrored:
+            magnitude = x.abs()
+            whole = magnitude.floor()
+            # floor(x + 0.5) would round 0.49999997 up, because the sum already rounds to 1
+            whole += ((magnitude - whole) * 2).floor_()
+            return whole.mul_(x.sign()).add_(self.zero).clamp_(1, 2**self.bits - 1).to(torch.uint8)
+        return (x + (self.zero + 0.5)).floor_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Exact small integers in float32."""
+        levels = codes.to(torch.float32)
+        return levels.sub_(self.zero) if self.zero else levels
+
+
+@dataclass(frozen=True)
+class Table:
+    """Arbitrary levels in ascending order, at most 256 of them (IQ4_NL's sixteen, for example).
+
+    `name` stands for the numbers in print.
+    """
+
+    name: str
+    numbers: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if list(self.numbers) != sorted(set(self.numbers)) or not 2 <= len(self.numbers) <= 256:
+            raise ValueError(f"levels {self.name} must be 2 to 256 different numbers in ascending order")
+
+    def __repr__(self) -> str:
+        return f"Table({self.name})"
+
+    @property
+    def bits(self) -> int:
+        """Bits that an index takes."""
+        return (len(self.numbers) - 1).bit_length()
+
+    @property
+    def low(self) -> float:
+        """The first level."""
+        return self.numbers[0]
+
+    @property
+    def high(self) -> float:
+        """The last level."""
+        return self.numbers[-1]
+
+    @property
+    def mirrored(self) -> bool:
+        """True when the negatives are the same set."""
+        return all(a == -b for a, b in zip(self.numbers, reversed(self.numbers), strict=True))
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Index of the nearest level; a tie goes to the lower one."""
+        levels = torch.tensor(self.numbers, dtype=torch.float32)
+        middles = (levels[1:] + levels[:-1]) / 2
+        return torch.bucketize(x, middles).to(torch.uint8)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The table's numbers as float32."""
+        return torch.tensor(self.numbers, dtype=torch.float32)[codes.long()]
+
+    def index(self, number: float) -> int:
+        """The code of an exact level. Raises ValueError when it is not one."""
+        at = bisect_left(self.numbers, number)
+        if at == len(self.numbers) or self.numbers[at] != number:
+            raise ValueError(f"{number} is not a level of {self.name}")
+        return at

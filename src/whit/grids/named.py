@@ -1,0 +1,48 @@
+"""Every grid that has a name, one line each: the registry that commands, recipes and tests derive from."""
+
+from __future__ import annotations
+
+import torch
+
+from whit.errors import RecipeError
+from whit.grids.floats import Float
+from whit.grids.grid import Grid
+from whit.grids.levels import Integers, Table
+from whit.grids.scaled import Offset, PerChannel, PerGroup, PerTensor, Scaled, integer_grid
+
+# Sixteen levels that are denser near zero. Source: the IQ4_NL block format of GGML.
+IQ4_NL_LEVELS = Table(
+    "iq4_nl", (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+)  # fmt: skip
+
+_GGML_GROUP = PerGroup(32)
+
+GRIDS: dict[str, Grid] = {
+    "f32": Float(torch.float32),
+    "f16": Float(torch.float16),
+    "bf16": Float(torch.bfloat16),
+    "q8_0": integer_grid(8, _GGML_GROUP, symmetric=True),
+    "q5_1": Scaled(Integers(5, 0), _GGML_GROUP, Offset.MINIMUM),
+    "q5_0": integer_grid(5, _GGML_GROUP, symmetric=True),
+    "q4_1": Scaled(Integers(4, 0), _GGML_GROUP, Offset.MINIMUM),
+    "q4_0": integer_grid(4, _GGML_GROUP, symmetric=True),
+    "iq4_nl": Scaled(IQ4_NL_LEVELS, _GGML_GROUP),
+    **{f"int{b}": integer_grid(b, PerChannel(), symmetric=True) for b in range(2, 9)},
+    **{f"int{b}-asym": integer_grid(b, PerChannel(), symmetric=False) for b in range(2, 9)},
+    **{f"int{b}-tensor": integer_grid(b, PerTensor(), symmetric=True) for b in range(2, 9)},
+    **{f"int{b}-tensor-asym": integer_grid(b, PerTensor(), symmetric=False) for b in range(2, 9)},
+    **{f"int{b}-g128": integer_grid(b, PerGroup(128), symmetric=True) for b in range(2, 9)},
+    **{f"int{b}-g128-asym": integer_grid(b, PerGroup(128), symmetric=False) for b in range(2, 9)},
+}
+
+
+def grid_named(name: str) -> Grid:
+    """The grid called `name`. Raises RecipeError that lists the names there are."""
+    if name not in GRIDS:
+        raise RecipeError(f"There is no grid called {name!r}. Known grids: {', '.join(GRIDS)}.")
+    return GRIDS[name]
+
+
+def grid_name(grid: Grid) -> str:
+    """The registered name of a grid, else its printed form."""
+    return next((name for name, known in GRIDS.items() if known == grid), repr(grid))

@@ -1,0 +1,85 @@
+"""Rounding without error feedback: nearest level, with parameters from the range or from a search.
+
+    nearest   the range of each group laid onto the grid; codes chosen before the scale is rounded to its stored
+              precision. That order is GGML's, so the bytes equal those of its reference encoders.
+    search    parameters of least weighted squared error; codes nearest to what the decoder will see.
+
+Neither needs calibration data. `search` without weights minimises the plain squared error; given the mean
+squared activation of every input channel it minimises the first-order output error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from whit.errors import RecipeError
+from whit.grids.grid import Grid
+from whit.grids.quantized import QuantizedTensor
+
+CHUNK = 1 << 18  # weights worked on at a time: a few float32 temporaries stay inside a core's cache
+
+
+class Rounding(Protocol):
+    """Weights [rows, cols] float32 and optional importance per input channel [cols] to codes on a grid."""
+
+    def __call__(self, W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
+        """Raises ValueError when cols does not fit the grid's spans, OverflowError when a scale does not fit."""
+        ...
+
+
+def nearest(W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
+    """Nearest level under the range rule of the grid; `importance` plays no part.
+
+    W  [rows, cols] float32
+    """
+    return _by_rows(W, grid, lambda part: _plain(part, grid))
+
+
+def search(W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
+    """Nearest level under searched parameters; never worse than `nearest` in weighted squared error of any group.
+
+    W           [rows, cols] float32
+    importance  [cols] float32, non-negative; all ones when None
+    """
+    weights = torch.ones(W.shape[1]) if importance is None else importance.float()
+    return _by_rows(W, grid, lambda part: _searched(part, grid, weights))
+
+
+def _plain(W: Tensor, grid: Grid) -> QuantizedTensor:
+    exact = grid.fit(W)
+    return QuantizedTensor(grid, _shape(W), grid.round(W, exact), grid.store(exact))
+
+
+def _searched(W: Tensor, grid: Grid, weights: Tensor) -> QuantizedTensor:
+    params = grid.search(W, weights)
+    return QuantizedTensor(grid, _shape(W), grid.round(W, params), params)
+
+
+def _by_rows(W: Tensor, grid: Grid, rounded: Callable[[Tensor], QuantizedTensor]) -> QuantizedTensor:
+    """Work in slices of rows when rows are independent: the same result, a fraction of the memory traffic."""
+    rows, cols = _shape(W)
+    per_slice = max(1, CHUNK // max(cols, 1))
+    if not grid.row_independent or rows <= per_slice:
+        return rounded(W)
+    parts = [rounded(part) for part in W.split(per_slice)]
+    params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
+    return QuantizedTensor(grid, (rows, cols), torch.cat([part.codes for part in parts]), params)
+
+
+def _shape(W: Tensor) -> tuple[int, int]:
+    rows, cols = W.shape
+    return rows, cols
+
+
+ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "search": search}
+
+
+def rounding_named(name: str) -> Rounding:
+    """The rounding called `name`. Raises RecipeError that lists the names there are."""
+    if name not in ROUNDINGS:
+        raise RecipeError(f"There is no rounding called {name!r}. Known roundings: {', '.join(ROUNDINGS)}.")
+    return ROUNDINGS[name]
