@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from whit.checkpoints.gguf import GGUFFile, GGUFType
 from whit.checkpoints.source import TensorSource
 
 Metadata = Mapping[str, Any]
@@ -22,8 +23,9 @@ class Model:
     n_bytes          size of the weight files on disk
     tokenizer_dir    folder with tokenizer.json or tokenizer.model and tokenizer_config.json, if there is one
     gguf_path        the file, when the model is a GGUF file
-    gguf_metadata    its metadata, else empty
-    gguf_tensors     its tensors under GGUF names, else None
+    gguf_metadata    metadata of the GGUF file that the model or its tokenizer comes from, else empty
+    gguf_types       the GGUF types of that metadata, so that it can be written back unchanged
+    gguf_tensors     its tensors under GGUF names when the weights are that file's own, else None
     """
 
     label: str
@@ -33,4 +35,5 @@ class Model:
     tokenizer_dir: Path | None = None
     gguf_path: Path | None = None
     gguf_metadata: Metadata = field(default_factory=dict)
-    gguf_tensors: TensorSource | None = None
+    gguf_types: Mapping[str, GGUFType] = field(default_factory=dict)
+    gguf_tensors: GGUFFile | None = None

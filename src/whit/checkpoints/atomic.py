@@ -1,0 +1,74 @@
+"""Files that appear whole or not at all: written under a temporary name, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from whit.errors import OutputError
+
+
+@contextmanager
+def whole_file(path: Path, n_bytes: int, overwrite: bool) -> Iterator[BinaryIO]:
+    """A binary file to write `n_bytes` into; it takes its name only when the block ends without an error.
+
+    path       final name; the temporary file lies beside it, so that the rename is atomic
+    n_bytes    announced size, checked against the free space before anything is written
+    overwrite  whether an existing file may be replaced
+    Raises OutputError when the file exists, cannot be written or the disk is or gets full. On any exception,
+    an interrupt included, the temporary file is removed and an older file of that name stays as it was.
+    """
+    _check_target(path, n_bytes, overwrite)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(_explain(path, n_bytes, error)) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _check_target(path: Path, n_bytes: int, overwrite: bool) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder. Give a file name.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: exists already. Choose another name, or add --force to replace it.")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent}: no such folder. Create it, or choose another place for {path.name}.")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path.parent}: no permission to write here. Choose another folder.")
+    free = shutil.disk_usage(path.parent).free
+    if n_bytes > free:
+        raise OutputError(
+            f"{path}: needs {n_bytes / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free on that disk. "
+            "Free some space or choose another disk."
+        )
+
+
+def _explain(path: Path, n_bytes: int, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"{path}: the disk is full ({n_bytes / 1e9:.2f} GB are needed). Nothing was left behind; "
+            "free some space or choose another disk."
+        )
+    return f"{path}: cannot be written ({error.strerror or error})."
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

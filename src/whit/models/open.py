@@ -1,0 +1,57 @@
+"""What a person may type as a model: a folder, a GGUF file, a hub id or a built-in name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from whit.checkpoints.folder import open_folder, read_config
+from whit.checkpoints.gguf import GGUFFile
+from whit.checkpoints.hub import download, looks_like_hub_id
+from whit.errors import ModelError
+from whit.models.architecture import from_gguf
+from whit.models.builtin import BUILTIN
+from whit.models.model import Model
+
+
+def open_model(text: str | Path) -> Model:
+    """Open a model; only headers are read.
+
+    text  a built-in name, a path to a Hugging Face folder or a GGUF file, or a hub id
+    Raises ModelError (BrokenFileError, UnknownArchitectureError) with what to do.
+    """
+    name, path = str(text), Path(text).expanduser()
+    if name in BUILTIN:
+        return BUILTIN[name]()
+    if path.is_dir():
+        return _open_folder(name, path)
+    if path.is_file():
+        return _open_file(name, path)
+    if looks_like_hub_id(name) and not path.parent.is_dir():
+        return _open_folder(name, download(name))
+    raise ModelError(
+        f"{name}: no such file or folder. A model is a Hugging Face folder, a .gguf file, a hub id (owner/name) "
+        f"or a built-in name ({', '.join(BUILTIN)})."
+    )
+
+
+def _open_folder(label: str, folder: Path) -> Model:
+    config = read_config(folder)
+    tensors, n_bytes = open_folder(folder)
+    return Model(label, config, tensors, n_bytes, tokenizer_dir=folder)
+
+
+def _open_file(label: str, path: Path) -> Model:
+    if path.suffix == ".safetensors":
+        raise ModelError(f"{path}: give the folder that holds it and config.json, not the weight file alone.")
+    file = GGUFFile(path)
+    config, tensors = from_gguf(file.metadata, file)
+    return Model(
+        label,
+        config,
+        tensors,
+        file.n_bytes,
+        gguf_path=path,
+        gguf_metadata=file.metadata,
+        gguf_types=file.types,
+        gguf_tensors=file,
+    )

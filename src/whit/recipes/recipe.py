@@ -1,0 +1,48 @@
+"""Which grid and which rounding for which tensor: a printable list of rules, the first match wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from whit.errors import RecipeError
+from whit.grids.named import grid_named
+from whit.rounding.nearest import rounding_named
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose GGUF name matches `pattern` (shell wildcards) go on `grid` by `rounding`.
+
+    Raises RecipeError for a grid or rounding that does not exist.
+    """
+
+    pattern: str
+    grid: str
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        grid_named(self.grid)
+        rounding_named(self.rounding)
+
+    def __str__(self) -> str:
+        return f"{self.pattern} -> {self.grid} by {self.rounding}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of rules. A tied head answers to both of its names, token_embd.weight and output.weight."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def rule_for(self, names: Sequence[str]) -> Rule:
+        """The first rule that matches any of a tensor's names. Raises RecipeError when none does."""
+        for rule in self.rules:
+            if any(fnmatchcase(name, rule.pattern) for name in names):
+                return rule
+        raise RecipeError(f"Recipe {self.name} has no rule for {names[0]}; add a last rule with the pattern *.")
+
+    def __str__(self) -> str:
+        return f"{self.name}: " + ", ".join(map(str, self.rules))
