@@ -87,8 +87,8 @@ def open_folder(folder: Path) -> tuple[ShardedTensors, int]:
         pickles = [file.name for pattern in PICKLES for file in folder.glob(pattern)]
         if pickles:
             raise ModelError(
-                f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when loaded; Whit never loads "
-                "them. Save the model again with save_pretrained(..., safe_serialization=True)."
+                f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when loaded; Whit never "
+                "loads them. Save the model again with save_pretrained(..., safe_serialization=True)."
             )
         raise ModelError(f"{folder}: holds no .safetensors file. Give a folder with the model's weights.")
     return ShardedTensors([SafetensorsFile(file) for file in files]), sum(file.stat().st_size for file in files)

@@ -33,6 +33,8 @@ MAX_DIMENSIONS = 4
 _SCALARS: dict[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 BOOL, STRING, ARRAY, UINT32, INT32, FLOAT32, UINT64, INT64 = 7, 8, 9, 4, 5, 6, 10, 11
 
+_ELEMENTS = {bool: BOOL, int: INT32, float: FLOAT32, str: STRING}
+
 GGUFType = tuple[int, int | None]  # value type, element type of an array
 
 
@@ -156,7 +158,9 @@ def _read_header(file: BoundedFile) -> tuple[dict[str, Any], dict[str, GGUFType]
         key = cursor.string("a metadata key")
         metadata[key], types[key] = cursor.value(f"metadata {key}")
     if metadata.get("split.count", 1) > 1:
-        raise ModelError(f"{file.path}: one of {metadata['split.count']} parts. Merge them with llama-gguf-split first.")
+        raise ModelError(
+            f"{file.path}: one of {metadata['split.count']} parts. Merge them with llama-gguf-split first."
+        )
     descriptions = [_description(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
@@ -191,10 +195,14 @@ def _info(file: BoundedFile, name: str, shape: tuple[int, ...], kind: int) -> Te
     try:
         number = gguf.GGMLQuantizationType(kind)
     except ValueError:
-        raise BrokenFileError(f"{file.path}: tensor {name} has unknown type {kind}; the file is corrupt or newer.") from None
+        raise BrokenFileError(
+            f"{file.path}: tensor {name} has unknown type {kind}; the file is corrupt or newer."
+        ) from None
     block, block_bytes = gguf.GGML_QUANT_SIZES[number]
     if shape[-1] % block:
-        raise BrokenFileError(f"{file.path}: rows of {name} ({shape[-1]}) are not whole {number.name} blocks of {block}.")
+        raise BrokenFileError(
+            f"{file.path}: rows of {name} ({shape[-1]}) are not whole {number.name} blocks of {block}."
+        )
     return TensorInfo(name, shape, number.name, math.prod(shape) // block * block_bytes)
 
 
@@ -263,9 +271,9 @@ def natural_type(key: str, value: Any) -> GGUFType:
         return FLOAT32, None
     if isinstance(value, str):
         return STRING, None
-    if isinstance(value, list | tuple) and value:
-        if all(type(item) is type(value[0]) for item in value) and isinstance(value[0], bool | int | float | str):
-            return ARRAY, {bool: BOOL, int: INT32, float: FLOAT32, str: STRING}[type(value[0])]
+    elements = {type(item) for item in value} if isinstance(value, list | tuple) else set()
+    if len(elements) == 1 and elements <= _ELEMENTS.keys():
+        return ARRAY, _ELEMENTS[elements.pop()]
     raise TypeError(f"metadata {key} cannot hold {value!r}")
 
 

@@ -28,7 +28,8 @@ def download(repo_id: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=PATTERNS))
     except RepositoryNotFoundError:
         raise ModelError(
-            f"{repo_id}: no such model on the hub, or it is private. Check the name; `hf auth login` if you have access."
+            f"{repo_id}: no such model on the hub, or it is private. Check the name; log in with "
+            "`hf auth login` if you have access."
         ) from None
     except HFValidationError as error:
         raise ModelError(f"{repo_id}: not a valid hub id ({error}).") from None

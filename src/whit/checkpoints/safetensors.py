@@ -76,7 +76,9 @@ def _read_header(file: BoundedFile) -> dict[str, _Entry]:
         if not isinstance(header, dict):
             raise ValueError("the header is not an object")
     except ValueError as error:  # malformed JSON and malformed UTF-8 alike
-        raise BrokenFileError(f"{file.path}: the safetensors header is corrupt ({error}). Download it again.") from error
+        raise BrokenFileError(
+            f"{file.path}: the safetensors header is corrupt ({error}). Download it again."
+        ) from error
     header.pop("__metadata__", None)
     start = 8 + length
     entries = {name: _entry(file, name, fields, start) for name, fields in header.items()}

@@ -1,0 +1,90 @@
+"""The command `whit`: one file per verb, loaded when the verb is used.
+
+Verbs are imported on demand because transformers and torch take seconds to load and most verbs need neither.
+This is the one place where errors become messages and exit statuses: 0 done, 1 a check failed, 2 a problem that
+the user can solve, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from whit.errors import WhitError
+
+# verb -> (module, one line for the overview)
+VERBS = {
+    "demo": ("whit.cli.demo", "Quantize a real model, measure what was lost, and run it."),
+    "quantize": ("whit.cli.quantize", "Make a model smaller: write a GGUF file by a recipe."),
+    "eval": ("whit.cli.eval", "Measure what a file lost against the original."),
+    "run": ("whit.cli.run", "Let a GGUF file answer a prompt."),
+    "memory": ("whit.cli.memory", "Bytes to store, run and train a model, before doing it."),
+    "inspect": ("whit.cli.inspect", "List the metadata and tensors of a file or folder."),
+    "explain": ("whit.cli.explain", "Draw how number formats hold a number."),
+}
+
+
+class LazyVerbs(TyperGroup):
+    """A command group that imports a verb's module only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order of a first visit."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb's command, or None."""
+        if cmd_name not in VERBS:
+            return None
+        module, summary = VERBS[cmd_name]
+        app = typer.Typer(add_completion=False)
+        app.command(name=cmd_name, short_help=summary)(import_module(module).command)
+        return typer.main.get_command(app)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The overview, from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in VERBS.items()])
+
+
+app = typer.Typer(
+    cls=LazyVerbs, add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Lose not a whit."
+)
+
+
+@app.callback()
+def main_options(
+    show_version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
+) -> None:
+    """Make language models small and fast, and show what was lost."""
+    if show_version:
+        typer.echo(f"whit {version('whit')}")
+        raise typer.Exit()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the command."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns the exit status."""
+    try:
+        status = typer.main.get_command(app).main(arguments, prog_name="whit", standalone_mode=False)
+    except WhitError as error:
+        print(f"whit: {error}", file=sys.stderr)
+        return error.exit_status
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print("whit: interrupted; nothing half-written was left behind.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,101 @@
+"""What a run will do, decided from headers alone: a type and a size for every tensor, and every exception.
+
+Nothing is substituted silently: a tensor that does not get what the recipe says carries the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from whit.checkpoints.gguf import Announced
+from whit.grids.named import GRIDS, grid_named
+from whit.layouts.ggml import GGMLType, ggml_type_of
+from whit.models.architecture import GGUFTensor, GGUFView
+from whit.recipes.recipe import Recipe
+
+FLOAT_GRIDS = ("f32", "f16", "bf16")
+FALLBACK = "f16"  # for rows that no block type divides; documented in docs/formats.md
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "iq4_nl": 25}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the output file.
+
+    tensor     what will be read
+    kind       the GGML type it is written as
+    rounding   name of the rounding
+    exception  why this is not what the recipe says, else empty
+    stored     reads the bytes when the source already holds exactly this type, else None: they are copied
+    """
+
+    tensor: GGUFTensor
+    kind: GGMLType
+    rounding: str
+    exception: str = ""
+    stored: Callable[[], Tensor] | None = None
+
+    @property
+    def announced(self) -> Announced:
+        """Name, shape and type for the file header."""
+        return Announced(self.tensor.name, self.tensor.shape, self.kind.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps in file order, and the metadata of the file."""
+
+    recipe: Recipe
+    metadata: dict[str, Any]
+    steps: tuple[Step, ...]
+
+    @property
+    def n_weights(self) -> int:
+        """Weights in all tensors."""
+        return sum(step.tensor.n_weights for step in self.steps)
+
+    @property
+    def exceptions(self) -> list[Step]:
+        """Steps that do not follow the recipe."""
+        return [step for step in self.steps if step.exception]
+
+
+def make_plan(view: GGUFView, recipe: Recipe, stored: Callable[[str, str], Callable[[], Tensor] | None]) -> Plan:
+    """Decide every tensor's type.
+
+    stored  (tensor name, type name) -> a reader of its bytes when the source holds that very type, else None
+    Raises RecipeError when the recipe has no rule for a tensor.
+    """
+    steps = tuple(_step(view, tensor, recipe, stored) for tensor in view.tensors)
+    return Plan(recipe, dict(view.metadata), steps)
+
+
+def _step(
+    view: GGUFView, tensor: GGUFTensor, recipe: Recipe, stored: Callable[[str, str], Callable[[], Tensor] | None]
+) -> Step:
+    rule = recipe.rule_for(_names(view, tensor))
+    wanted = ggml_type_of(grid_named(rule.grid))
+    if wanted is None:
+        raise ValueError(f"GGUF has no type for the grid {rule.grid}")
+    exception = ""
+    if tensor.keep_float and rule.grid != "f32":
+        wanted, exception = _type("f32"), tensor.reason
+    elif tensor.shape[-1] % wanted.block:
+        exception = f"rows of {tensor.shape[-1]} weights do not divide into {wanted.name} blocks of {wanted.block}"
+        wanted = _type(FALLBACK)
+    return Step(tensor, wanted, rule.rounding, exception, stored(tensor.name, wanted.name))
+
+
+def _names(view: GGUFView, tensor: GGUFTensor) -> list[str]:
+    tied = not any(other.name == "output.weight" for other in view.tensors)
+    return [tensor.name, "output.weight"] if tied and tensor.name == "token_embd.weight" else [tensor.name]
+
+
+def _type(name: str) -> GGMLType:
+    kind = ggml_type_of(GRIDS[name])
+    assert kind is not None  # every float grid has a type
+    return kind

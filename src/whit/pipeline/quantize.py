@@ -1,0 +1,162 @@
+"""The main job: a model in, a GGUF file out, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whit.checkpoints.atomic import whole_file
+from whit.checkpoints.gguf import GGUFWriter
+from whit.errors import BadWeightsError, ModelError
+from whit.models.architecture import GGUFTensor, GGUFView, gguf_view, passthrough_view
+from whit.models.model import Model
+from whit.models.vocabulary import gguf_vocabulary
+from whit.pipeline.plan import FILE_TYPES, Plan, Step, make_plan
+from whit.recipes.recipe import Recipe
+from whit.rounding.nearest import rounding_named
+
+Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written.
+
+    path, n_bytes  the file and its size
+    plan           what every tensor became, with the reasons for exceptions
+    seconds        wall time
+    """
+
+    path: Path
+    n_bytes: int
+    plan: Plan
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the whole file per weight, metadata and tokenizer included."""
+        return 8 * self.n_bytes / self.plan.n_weights
+
+
+def write_gguf(
+    model: Model, recipe: Recipe, path: Path, overwrite: bool = False, progress: Progress | None = None
+) -> Result:
+    """Quantize `model` by `recipe` into a GGUF file at `path`.
+
+    Raises ModelError for weights or tokenizers that cannot be used, OutputError when the file exists (without
+    `overwrite`) or cannot be written. On any failure nothing is left at `path` that was not there before.
+    """
+    started = time.perf_counter()
+    plan = plan_gguf(model, recipe)
+    writer = _writer(model, plan)
+    with whole_file(path, writer.n_bytes, overwrite) as file:
+        writer.write(file, _all_bytes(plan, progress))
+    return Result(path, writer.n_bytes, plan, time.perf_counter() - started)
+
+
+def plan_gguf(model: Model, recipe: Recipe) -> Plan:
+    """What `write_gguf` would do, from headers alone."""
+    source = model.gguf_tensors
+
+    def stored(name: str, kind: str) -> Callable[[], Tensor] | None:
+        if source is None or source.info(name).dtype != kind:
+            return None
+        return lambda: source.raw(name)
+
+    return make_plan(_view(model), recipe, stored)
+
+
+def predicted_bytes(model: Model, recipe: Recipe) -> int:
+    """The exact size of the file that `write_gguf` would write."""
+    return _writer(model, plan_gguf(model, recipe)).n_bytes
+
+
+def _view(model: Model) -> GGUFView:
+    if model.gguf_tensors is not None:
+        return passthrough_view(model.gguf_metadata, model.gguf_tensors)
+    return gguf_view(model)
+
+
+def _writer(model: Model, plan: Plan) -> GGUFWriter:
+    metadata = {**_general(model, plan), **plan.metadata, **_vocabulary(model)}
+    metadata |= {"general.file_type": _file_type(plan), "general.quantization_version": 2, **_provenance(plan)}
+    return GGUFWriter(metadata, [step.announced for step in plan.steps], model.gguf_types)
+
+
+def _general(model: Model, plan: Plan) -> dict[str, Any]:
+    """Name and size; overridden by what a GGUF source says of itself."""
+    name = model.config.get("_name_or_path") or Path(model.label).name
+    return {"general.type": "model", "general.name": name, "general.size_label": _size_label(plan.n_weights)}
+
+
+def _provenance(plan: Plan) -> dict[str, Any]:
+    return {"general.quantized_by": f"Whit {version('whit')}", "whit.recipe": str(plan.recipe)}
+
+
+def _vocabulary(model: Model) -> dict[str, Any]:
+    if model.gguf_metadata:
+        return {key: value for key, value in model.gguf_metadata.items() if key.startswith("tokenizer.")}
+    if model.tokenizer_dir is None:
+        raise ModelError(f"{model.label}: has no tokenizer, and a GGUF file needs one.")
+    return gguf_vocabulary(model.tokenizer_dir, model.config)
+
+
+def _file_type(plan: Plan) -> int:
+    """The number of the type that most weights have; one field cannot say more."""
+    share: dict[str, int] = {}
+    for step in plan.steps:
+        share[step.kind.name.lower()] = share.get(step.kind.name.lower(), 0) + step.tensor.n_weights
+    named = plan.recipe.name if plan.recipe.name in FILE_TYPES else max(share, key=lambda name: share[name])
+    return FILE_TYPES[named]
+
+
+def _all_bytes(plan: Plan, progress: Progress | None) -> Iterator[Iterator[Tensor]]:
+    total, done = sum(step.announced.n_bytes for step in plan.steps), 0
+    for step in plan.steps:
+        if progress:
+            progress(done, total, step.tensor.name)
+        yield _bytes(step)
+        done += step.announced.n_bytes
+    if progress:
+        progress(total, total, "done")
+
+
+def _bytes(step: Step) -> Iterator[Tensor]:
+    """The bytes of one tensor, part by part (one part per expert)."""
+    if step.stored is not None:
+        yield step.stored()
+        return
+    rounding = rounding_named(step.rounding)
+    for part in step.tensor.parts:
+        W = part.read()
+        _check_finite(step.tensor, W)
+        try:
+            quantized = rounding(W.reshape(-1, W.shape[-1]).float(), step.kind.grid)
+        except OverflowError as error:
+            raise BadWeightsError(
+                f"{step.tensor.name}: {error}, so {step.kind.name} cannot hold it. Use bf16 or f32 for this tensor."
+            ) from None
+        yield step.kind.pack(quantized)
+
+
+def _check_finite(tensor: GGUFTensor, W: Tensor) -> None:
+    low, high = W.aminmax()  # one pass; NaN comes through
+    if not torch.isfinite(high - low if W.dtype == torch.float64 else low.double() * high.double()):
+        count = int((~torch.isfinite(W)).sum())
+        raise BadWeightsError(
+            f"{tensor.name}: {count} of {W.numel()} weights are NaN or infinite. The model is damaged; get it again."
+        )
+
+
+def _size_label(n_weights: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if n_weights >= size:
+            return f"{n_weights / size:.3g}{unit}"
+    return str(n_weights)
