@@ -1,0 +1,397 @@
+"""From a transformers folder to what a GGUF file holds, and back, as the tables in known.py say.
+
+Both directions read headers only: a view lists names, shapes and lazily read parts; values pass through when
+somebody asks for them. Tokenizers and general.* keys are not the architecture's business and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from whit.checkpoints.source import TensorInfo, TensorSource
+from whit.errors import BadWeightsError, BrokenFileError, ModelError, UnknownArchitectureError
+from whit.models.known import ARCHITECTURES, REFUSED
+from whit.models.known_changes import Dims, Shape, Sibling
+from whit.models.known_table import Architecture, Facts, Stored, Weight, float_reason, full_key
+from whit.models.model import Model
+
+NOT_OURS = ("tokenizer.", "split.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a GGUF tensor that is read at once.
+
+    shape  its shape, outermost first
+    read   the values, contiguous, in the stored float type
+    """
+
+    shape: Shape
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor of a GGUF file, not yet read.
+
+    name    name in the file
+    shape   outermost first; experts are [experts, rows, cols]
+    parts   what it consists of, along the first dimension
+    reason  why it must stay in float, else empty
+    """
+
+    name: str
+    shape: Shape
+    parts: tuple[Part, ...]
+    reason: str = ""
+
+    @property
+    def keep_float(self) -> bool:
+        """Whether it must never be quantized."""
+        return bool(self.reason)
+
+    @property
+    def n_weights(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class GGUFView:
+    """What a GGUF file will say, tokenizer aside.
+
+    architecture  name of llama.cpp's graph
+    metadata      keys with Python values
+    tensors       in llama.cpp's order: embeddings, blocks, final norm, head
+    """
+
+    architecture: str
+    metadata: dict[str, Any]
+    tensors: tuple[GGUFTensor, ...]
+
+
+def gguf_view(model: Model) -> GGUFView:
+    """The GGUF side of a model that was opened from a transformers folder.
+
+    Raises UnknownArchitectureError, ModelError for a configuration that llama.cpp cannot express or for tensors
+    that nobody asked for, BrokenFileError for missing tensors and BadWeightsError for shapes that contradict
+    the configuration. Only headers are read.
+    """
+    table = _table_of(model)
+    facts = table.facts(model.config)
+    dims = table.dims(facts)
+    folder = _Folder(model, table)
+    stages = _stages(_written(table, facts, folder), dims["layers"])
+    extras = [extra for trait in table.traits for extra in trait.extras(facts, dims)]
+    metadata = _metadata(table, facts, dims)
+    before, *rest = [[folder.tensor(weight, block, dims) for weight, block in stage] for stage in stages]
+    additions = [
+        GGUFTensor(extra.name, extra.shape, (Part(extra.shape, extra.read),), float_reason(extra.name, extra.shape))
+        for extra in extras
+    ]
+    folder.check_complete(tied_head=table.weights[-1].disk[0])
+    return GGUFView(table.graph, metadata, (*before, *additions, *(tensor for stage in rest for tensor in stage)))
+
+
+def passthrough_view(metadata: Mapping[str, Any], tensors: TensorSource) -> GGUFView:
+    """A GGUF file as it is: every key but the tokenizer's, every tensor under its own name in one part.
+
+    Raises BrokenFileError when the file does not say which architecture it is.
+    """
+    kept = {key: value for key, value in metadata.items() if not key.startswith(NOT_OURS)}
+    return GGUFView(_graph(metadata), kept, tuple(_as_is(name, tensors) for name in tensors.names()))
+
+
+def from_gguf(metadata: Mapping[str, Any], tensors: TensorSource) -> tuple[dict[str, Any], TensorSource]:
+    """The transformers side of a GGUF file: config.json and tensors under the names on disk, read lazily.
+
+    metadata  keys of the file; values may be numpy scalars
+    tensors   its tensors under GGUF names, quantized ones decoded
+    Raises UnknownArchitectureError, BrokenFileError for missing keys or tensors, BadWeightsError for shapes that
+    contradict the metadata and ModelError for tensors or keys that the architecture does not have.
+    """
+    graph = _graph(metadata)
+    stored = Stored(graph, metadata, tensors)
+    table = _table_for(stored)
+    if not stored.has("token_embd.weight"):
+        raise BrokenFileError("The GGUF file has no tensor token_embd.weight.")
+    config = _config_from(table, stored)
+    facts = table.facts(config)
+    dims = table.dims(facts)
+    return config, _FromGGUF(table, stored, _stored_weights(table, facts, stored), dims)
+
+
+def _graph(metadata: Mapping[str, Any]) -> str:
+    graph = metadata.get("general.architecture")
+    if not isinstance(graph, str):
+        raise BrokenFileError("The GGUF file does not say which architecture it is (general.architecture).")
+    return graph
+
+
+def _table_of(model: Model) -> Architecture:
+    model_type = model.config.get("model_type")
+    if model_type in REFUSED:
+        raise UnknownArchitectureError(f"{model.label}: {REFUSED[model_type]}")
+    if model_type not in ARCHITECTURES:
+        raise UnknownArchitectureError(f"{model.label}: the architecture {model_type!r} is not known. {_known()}")
+    return ARCHITECTURES[model_type]
+
+
+def _table_for(stored: Stored) -> Architecture:
+    for table in ARCHITECTURES.values():
+        if table.graph == stored.graph and table.recognises(stored):
+            return table
+    raise UnknownArchitectureError(f"The GGUF architecture {stored.graph!r} is not known. {_known()}")
+
+
+def _known() -> str:
+    listed = ", ".join(f"{table.model_type} (in GGUF: {table.graph})" for table in ARCHITECTURES.values())
+    return f"Known are {listed}."
+
+
+def _metadata(table: Architecture, facts: Facts, dims: Dims) -> dict[str, Any]:
+    keys = {key.gguf: facts[key.config] for key in table.keys if key.gguf and facts[key.config] is not None}
+    for trait in table.traits:
+        keys |= trait.metadata(facts, dims)
+    return {"general.architecture": table.graph} | {full_key(table.graph, key): value for key, value in keys.items()}
+
+
+def _config_from(table: Architecture, stored: Stored) -> dict[str, Any]:
+    config: dict[str, Any] = {"model_type": table.model_type, "architectures": [table.class_name]}
+    config["vocab_size"] = stored.tensors.info("token_embd.weight").shape[0]  # the key is often left out
+    for key in table.keys:
+        if not key.gguf or key.config in config:
+            continue
+        present = stored.get(key.gguf) is not None
+        if present or not (key.if_none or key.optional):
+            config[key.config] = _typed(key.kind, stored, key.gguf)
+    dims = table.dims(table.facts(config))
+    for trait in table.traits:  # the width of heads first: the others count on it
+        config |= trait.config(stored, dims)
+        dims = table.dims(table.facts(config))
+    config["tie_word_embeddings"] = not stored.has("output.weight")
+    for entry in ("bos_token_id", "eos_token_id"):
+        config[entry] = stored.metadata.get(f"tokenizer.ggml.{entry}")
+    # Never a class default: it may lie outside the vocabulary.
+    config["pad_token_id"] = stored.metadata.get("tokenizer.ggml.padding_token_id")
+    return config
+
+
+def _typed(kind: type, stored: Stored, key: str) -> Any:
+    if kind is bool:
+        return bool(stored.number(key))
+    return kind(stored.number(key))
+
+
+def _written(table: Architecture, facts: Facts, folder: _Folder) -> list[Weight]:
+    """The weights that the file will have. Raises ModelError for a head that llama.cpp cannot have."""
+    *weights, head = [weight for weight in table.weights if not weight.when or facts[weight.when]]
+    tied = bool(facts["tie_word_embeddings"]) or not folder.has(head.disk[0])
+    if tied and table.head == "required":
+        embedding = weights[0]
+        return [*weights, Weight(head.gguf, embedding.disk, embedding.shape, derived=True)]
+    if not tied and table.head == "never":
+        raise ModelError(f"The head is not the embedding, but llama.cpp's {table.graph} graph has no other head.")
+    return weights if tied else [*weights, head]
+
+
+def _stored_weights(table: Architecture, facts: Facts, stored: Stored) -> list[Weight]:
+    *weights, head = [weight for weight in table.weights if not weight.when or facts[weight.when]]
+    return [*weights, head] if stored.has(head.gguf) else weights
+
+
+def _stages(weights: Sequence[Weight], n_blocks: int) -> list[list[tuple[Weight, int]]]:
+    """Before the blocks, every block, after the blocks: pairs of a weight and its block."""
+    first = next(n for n, weight in enumerate(weights) if weight.per_block)
+    blocks = [[(weight, i) for weight in weights if weight.per_block] for i in range(n_blocks)]
+    outside = [(weight, 0) for weight in weights if not weight.per_block]
+    return [outside[:first], *blocks, outside[first:]]
+
+
+class _Folder:
+    """Tensors on disk, found under the names of the table."""
+
+    def __init__(self, model: Model, table: Architecture) -> None:
+        self._label, self._table, self._source = model.label, table, model.tensors
+        self._disk: dict[str, str] = {}  # name in the table -> name on disk
+        for name in model.tensors.names():
+            canonical = name
+            for pattern, replacement in table.renames:
+                canonical = re.sub(pattern, replacement, canonical)
+            self._disk.setdefault(canonical, name)
+        self._used: set[str] = set()
+        self._missing: list[str] = []
+
+    def has(self, name: str) -> bool:
+        """Whether the table's `name` is on disk."""
+        return name in self._disk
+
+    def tensor(self, weight: Weight, block: int, dims: Dims) -> GGUFTensor:
+        """One GGUF tensor; missing names are noted for `check_complete`."""
+        name, shape = weight.gguf.format(i=block), weight.gguf_shape(dims)
+        fused = weight.fused.disk.format(i=block) if weight.fused else ""
+        if weight.of_experts and fused in self._disk and weight.disk[0].format(i=block, e=0) not in self._disk:
+            parts = [self._fused_part(weight, fused, shape)]
+        else:
+            parts = list(self._parts(weight, block, dims))
+        return GGUFTensor(name, shape, tuple(parts), float_reason(name, shape))
+
+    def check_complete(self, tied_head: str) -> None:
+        """Raise BrokenFileError for missing tensors and ModelError for tensors that nobody asked for."""
+        if self._missing:
+            raise BrokenFileError(f"{self._label}: {_some(self._missing)} missing from the weight files.")
+        ignored = (*self._table.ignored, f"^{re.escape(tied_head)}$")
+        extra = [
+            disk
+            for name, disk in self._disk.items()
+            if name not in self._used and not any(re.search(pattern, name) for pattern in ignored)
+        ]
+        if extra:
+            raise ModelError(
+                f"{self._label}: {_some(extra)} not part of {self._table.model_type}. "
+                "A quantized checkpoint must be given in its original precision; adapters must be merged first."
+            )
+
+    def _parts(self, weight: Weight, block: int, dims: Dims) -> Iterator[Part]:
+        shapes = weight.piece_shapes(dims)
+        if weight.of_experts:
+            names = [weight.disk[0].format(i=block, e=expert) for expert in range(dims["experts"])]
+            shapes = shapes * len(names)
+        else:
+            names = [name.format(i=block) for name in weight.disk]
+        for name, shape in zip(names, shapes, strict=True):
+            if self._found(name, weight.change.disk_shape(shape, dims)):
+                yield self._part(weight, name, shape, block, dims)
+
+    def _part(self, weight: Weight, name: str, shape: Shape, block: int, dims: Dims) -> Part:
+        def read() -> Tensor:
+            W = weight.change.to_gguf(self._read(name), dims, lambda other: self._read(other.format(i=block)))
+            return W.contiguous()
+
+        if weight.of_experts:
+            return Part((1, *shape), lambda: read()[None])  # [1, rows, cols]
+        return Part(shape, read)
+
+    def _fused_part(self, weight: Weight, name: str, shape: Shape) -> Part:
+        """All experts at once: reading them one by one would read the tensor once per expert."""
+        fused, rows = weight.fused, shape[1]
+        assert fused is not None  # the caller looked
+        self._found(name, (shape[0], fused.of * rows, shape[2]))
+        start = fused.part * rows
+        return Part(shape, lambda: self._read(name)[:, start : start + rows].contiguous())
+
+    def _found(self, name: str, expected: Shape) -> bool:
+        if name not in self._disk:
+            self._missing.append(name)
+            return False
+        self._used.add(name)
+        _check_shape(self._disk[name], self._source.info(self._disk[name]).shape, expected, "config.json")
+        return True
+
+    def _read(self, name: str) -> Tensor:
+        return self._source.read(self._disk[name])
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a tensor on disk is found in a GGUF file: rows `start` to `start + n` of `gguf`.
+
+    shape  its shape on disk
+    """
+
+    weight: Weight
+    gguf: str
+    block: int
+    start: int
+    n: int
+    shape: Shape
+
+
+class _FromGGUF:
+    """GGUF tensors under the names that transformers gives them on disk."""
+
+    def __init__(self, table: Architecture, stored: Stored, weights: Sequence[Weight], dims: Dims) -> None:
+        self._source, self._dims = stored.tensors, dims
+        self._origins: dict[str, _Origin] = {}
+        self._last: tuple[str, Tensor] | None = None  # a stack of experts is decoded once, not once per expert
+        there, used, missing = set(stored.tensors.names()), set[str](), list[str]()
+        for weight, block in (pair for stage in _stages(weights, dims["layers"]) for pair in stage):
+            name = weight.gguf.format(i=block)
+            used.add(name)
+            if name not in there:
+                missing.append(name)
+                continue
+            _check_shape(name, self._source.info(name).shape, weight.gguf_shape(dims), "the metadata")
+            if not weight.derived:
+                self._origins |= dict(self._pieces(weight, name, block))
+        if missing:
+            raise BrokenFileError(f"{_some(missing)} missing from the GGUF file.")
+        extra = sorted(there - used - {name for trait in table.traits for name in trait.names})
+        if extra:
+            raise ModelError(f"{_some(extra)} in the GGUF file, but not part of {table.model_type}.")
+
+    def names(self) -> Sequence[str]:
+        """Names on disk, in the order of the GGUF file."""
+        return list(self._origins)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape on disk; type and share of the bytes of the GGUF tensor."""
+        origin = self._origins[name]
+        info = self._source.info(origin.gguf)
+        share = math.prod(origin.shape) / math.prod(info.shape)
+        return TensorInfo(name, origin.shape, info.dtype, min(info.n_bytes, round(info.n_bytes * share)))
+
+    def read(self, name: str) -> Tensor:
+        """The values as they are on disk."""
+        origin = self._origins[name]
+        W = self._stack(origin)[origin.start : origin.start + origin.n]
+        W = W[0] if origin.weight.of_experts else W
+        W = origin.weight.change.to_disk(W, self._dims, self._sibling(origin.block))
+        W = W.contiguous()
+        shared = origin.weight.of_experts or W.untyped_storage().nbytes() > W.numel() * W.element_size()
+        return W.clone() if shared else W  # never a view into a larger tensor
+
+    def _pieces(self, weight: Weight, name: str, block: int) -> Iterable[tuple[str, _Origin]]:
+        shapes = weight.piece_shapes(self._dims)
+        if weight.of_experts:
+            shape = weight.change.disk_shape(shapes[0], self._dims)
+            for expert in range(self._dims["experts"]):
+                yield weight.disk[0].format(i=block, e=expert), _Origin(weight, name, block, expert, 1, shape)
+            return
+        start = 0
+        for disk, rows in zip(weight.disk, shapes, strict=True):
+            shape = weight.change.disk_shape(rows, self._dims)
+            yield disk.format(i=block), _Origin(weight, name, block, start, rows[0], shape)
+            start += rows[0]
+
+    def _stack(self, origin: _Origin) -> Tensor:
+        if not origin.weight.of_experts:
+            return self._source.read(origin.gguf)
+        if self._last is None or self._last[0] != origin.gguf:
+            self._last = None  # let the old one go before the new one comes
+            self._last = origin.gguf, self._source.read(origin.gguf)
+        return self._last[1]
+
+    def _sibling(self, block: int) -> Sibling:
+        return lambda template: self._source.read(template.format(i=block))
+
+
+def _as_is(name: str, tensors: TensorSource) -> GGUFTensor:
+    shape = tensors.info(name).shape
+    return GGUFTensor(name, shape, (Part(shape, lambda: tensors.read(name)),), float_reason(name, shape))
+
+
+def _check_shape(name: str, found: Shape, expected: Shape, by: str) -> None:
+    if tuple(found) != tuple(expected):
+        raise BadWeightsError(f"{name} has shape {list(found)}, but {by} makes it {list(expected)}.")
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{listed} {'is' if len(names) == 1 else 'are'}"
