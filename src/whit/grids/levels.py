@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 
+BELOW_HALF = torch.tensor(0.5 - 2**-25)
+
+
 class Levels(Protocol):
     """A finite, ordered set of numbers."""
 
@@ -81,12 +84,11 @@ class Integers:
         half and truncate), in their order of operations, so that codes agree to the last tie.
         """
         if self.mirrored:
-            magnitude = x.abs()
-            whole = magnitude.floor()
-            # floor(x + 0.5) would round 0.49999997 up, because the sum already rounds to 1
-            whole += ((magnitude - whole) * 2).floor_()
-            return whole.mul_(x.sign()).add_(self.zero).clamp_(1, 2**self.bits - 1).to(torch.uint8)
-        return (x + (self.zero + 0.5)).floor_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+            # truncating after adding the largest float below one half, with x's sign, is exact; with one half itself
+            # 0.49999997 would round up, because that sum is already 1
+            rounded = torch.copysign(BELOW_HALF, x).add_(x).clamp_(self.low, self.high).to(torch.int8)
+            return rounded.view(torch.uint8).add_(self.zero)
+        return (x + (self.zero + 0.5)).clamp_(0, 2**self.bits - 1).to(torch.uint8)  # truncation is floor here
 
     def values(self, codes: Tensor) -> Tensor:
         """Exact small integers in float32."""

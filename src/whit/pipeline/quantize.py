@@ -22,6 +22,8 @@ from whit.pipeline.plan import FILE_TYPES, Plan, Step, make_plan
 from whit.recipes.recipe import Recipe
 from whit.rounding.nearest import rounding_named
 
+SLICE = 1 << 22  # weights that are rounded and packed before they are written
+
 Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
 
 
@@ -129,7 +131,7 @@ def _all_bytes(plan: Plan, progress: Progress | None) -> Iterator[Iterator[Tenso
 
 
 def _bytes(step: Step) -> Iterator[Tensor]:
-    """The bytes of one tensor, part by part (one part per expert)."""
+    """The bytes of one tensor: one part per expert, each in slices of rows, because GGML's blocks never span rows."""
     if step.stored is not None:
         yield step.stored()
         return
@@ -137,13 +139,14 @@ def _bytes(step: Step) -> Iterator[Tensor]:
     for part in step.tensor.parts:
         W = part.read()
         _check_finite(step.tensor, W)
-        try:
-            quantized = rounding(W.reshape(-1, W.shape[-1]).float(), step.kind.grid)
-        except OverflowError as error:
-            raise BadWeightsError(
-                f"{step.tensor.name}: {error}, so {step.kind.name} cannot hold it. Use bf16 or f32 for this tensor."
-            ) from None
-        yield step.kind.pack(quantized)
+        W = W.reshape(-1, W.shape[-1])  # [rows, cols]
+        for rows in W.split(max(1, SLICE // W.shape[1])):
+            try:
+                yield step.kind.pack(rounding(rows.float(), step.kind.grid))
+            except OverflowError as error:
+                raise BadWeightsError(
+                    f"{step.tensor.name}: {error}, so {step.kind.name} cannot hold it. Use bf16 or f32 for this tensor."
+                ) from None
 
 
 def _check_finite(tensor: GGUFTensor, W: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Measurements against real peers, side by side in one run. Nothing here is imported by the package."""
