@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +25,9 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from whit.checkpoints.source import TensorInfo
+from whit.models.architecture import GGUFView
 
 VOCAB = 256
 WINDOW = 12
@@ -118,7 +122,9 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            parameter.copy_(_draw(parameter_name, parameter.shape, generator))
+            # Gemma's norms multiply by 1 + w.
+            centre = 0.0 if parameter_name.endswith("bias") or config.model_type.startswith("gemma") else 1.0
+            parameter.copy_(_draw(parameter.shape, centre, generator))
     return model
 
 
@@ -134,10 +140,49 @@ def random_tokens(n: int, seed: int = 0) -> list[int]:
     return torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def write_with_gguf(view: GGUFView, path: Path, half: bool) -> None:
+    """Write a view with the gguf package: vectors in float32, matrices in float16 if `half`. No tokenizer."""
+    writer = gguf.GGUFWriter(path, view.architecture)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in view.metadata.items():
+        if key != "general.architecture":
+            add.get(type(value), writer.add_array)(key, value)
+    writer.add_tokenizer_model("none")
+    for tensor in view.tensors:
+        W = torch.cat([part.read().float() for part in tensor.parts])
+        writer.add_tensor(tensor.name, (W.half() if half and not tensor.keep_float else W).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class MemorySource:
+    """Tensors from a dictionary, as a file would offer them."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def names(self) -> Sequence[str]:
+        """All names."""
+        return list(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """What a header would say."""
+        W = self._tensors[name]
+        return TensorInfo(name, tuple(W.shape), _DTYPES[W.dtype], W.numel() * W.element_size())
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy."""
+        return self._tensors[name].clone()
+
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def _draw(shape: torch.Size, centre: float, generator: torch.Generator) -> torch.Tensor:
     values = torch.randn(shape, generator=generator)
     if len(shape) > 1:
         return values * 1.2 / shape[-1] ** 0.5
-    centre = 0.0 if name.endswith("bias") else 1.0
-    # Multiples of 1/64: exact in every float format, and so is 1 + w, which Gemma's norms store.
+    # Multiples of 1/64: exact in every float format, and so is 1 + w.
     return centre + torch.round(values * 0.2 * 64) / 64

@@ -86,10 +86,11 @@ def gguf_view(model: Model) -> GGUFView:
     table = _table_of(model)
     facts = table.facts(model.config)
     dims = table.dims(facts)
+    _check_blocks(dims, model.tensors)
+    metadata = _metadata(table, facts, dims)  # first: it refuses what llama.cpp cannot compute
     folder = _Folder(model, table)
     stages = _stages(_written(table, facts, folder), dims["layers"])
     extras = [extra for trait in table.traits for extra in trait.extras(facts, dims)]
-    metadata = _metadata(table, facts, dims)
     before, *rest = [[folder.tensor(weight, block, dims) for weight, block in stage] for stage in stages]
     additions = [
         GGUFTensor(extra.name, extra.shape, (Part(extra.shape, extra.read),), float_reason(extra.name, extra.shape))
@@ -172,6 +173,7 @@ def _config_from(table: Architecture, stored: Stored) -> dict[str, Any]:
         if present or not (key.if_none or key.optional):
             config[key.config] = _typed(key.kind, stored, key.gguf)
     dims = table.dims(table.facts(config))
+    _check_blocks(dims, stored.tensors)
     for trait in table.traits:  # the width of heads first: the others count on it
         config |= trait.config(stored, dims)
         dims = table.dims(table.facts(config))
@@ -204,6 +206,12 @@ def _written(table: Architecture, facts: Facts, folder: _Folder) -> list[Weight]
 def _stored_weights(table: Architecture, facts: Facts, stored: Stored) -> list[Weight]:
     *weights, head = [weight for weight in table.weights if not weight.when or facts[weight.when]]
     return [*weights, head] if stored.has(head.gguf) else weights
+
+
+def _check_blocks(dims: Dims, tensors: TensorSource) -> None:
+    """Raise BrokenFileError for more blocks than tensors, before anything is made per block."""
+    if dims["layers"] > len(tensors.names()):
+        raise BrokenFileError(f"{dims['layers']} blocks are announced, but there are {len(tensors.names())} tensors.")
 
 
 def _stages(weights: Sequence[Weight], n_blocks: int) -> list[list[tuple[Weight, int]]]:
@@ -261,8 +269,9 @@ class _Folder:
     def _parts(self, weight: Weight, block: int, dims: Dims) -> Iterator[Part]:
         shapes = weight.piece_shapes(dims)
         if weight.of_experts:
-            names = [weight.disk[0].format(i=block, e=expert) for expert in range(dims["experts"])]
-            shapes = shapes * len(names)
+            count = min(dims["experts"], len(self._disk) + 1)  # an absurd number ends at the first missing one
+            names = [weight.disk[0].format(i=block, e=expert) for expert in range(count)]
+            shapes = shapes * count
         else:
             names = [name.format(i=block) for name in weight.disk]
         for name, shape in zip(names, shapes, strict=True):

@@ -243,5 +243,5 @@ def _checked(key: Key, value: Any) -> Any:
     good = isinstance(value, int | float) if key.kind is float else isinstance(value, key.kind)
     if not good or isinstance(value, bool) != (key.kind is bool) or (key.size and value < 1):
         wanted = "a positive number" if key.size else f"of type {key.kind.__name__}"
-        raise ModelError(f"config.json: {key.config} is {value!r}, but it must be {wanted}.")
+        raise ModelError(f"{key.config} is {value!r} in the configuration, but it must be {wanted}.")
     return key.kind(value)
