@@ -16,6 +16,7 @@ HEAD = Weight("output.weight", ("lm_head.weight",), ("vocab", "hidden"))
 def sizes(
     vocab: int, hidden: int, ff: int, layers: int, heads: int, context: int, ff_name: str = "intermediate_size"
 ) -> tuple[Key, ...]:
+    """The six sizes of every model, given transformers' class defaults."""
     return (
         Key("vocab_size", vocab, "vocab_size", "vocab"),
         Key("max_position_embeddings", context, "context_length", "context"),
@@ -27,8 +28,10 @@ def sizes(
 
 
 def must(entry: str, value: object, why: str) -> Required:
+    """An entry with one possible value; None counts as False."""
     return Required(entry, value, (value, None) if value in (False, None) else (value,), value, why)
 
 
 def activation(entry: str, *allowed: str) -> Required:
+    """The activation: the class default, then others that the graph computes as well."""
     return Required(entry, allowed[0], allowed, allowed[0], ONE_GRAPH)
