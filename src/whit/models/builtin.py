@@ -55,9 +55,7 @@ class OffGrid:
         self._heads_per_kv = config["num_attention_heads"] // self._kv_heads
         generator = torch.Generator().manual_seed(SEED)
         self._stream = torch.randperm(config["hidden_size"], generator=generator)
-        self._layers = [
-            self._draw(config["intermediate_size"], generator) for _ in range(config["num_hidden_layers"])
-        ]
+        self._layers = [self._draw(config["intermediate_size"], generator) for _ in range(config["num_hidden_layers"])]
 
     def names(self) -> Sequence[str]:
         """As in the plain model."""
