@@ -98,11 +98,11 @@ class FloatFormat:
 FLOAT_FORMATS: dict[str, FloatFormat] = {
     f.name: f
     for f in (
-        FloatFormat("float32", 8, 23, True, "Training masters, optimizer states, sums: more digits than weights need."),
-        FloatFormat("float16", 5, 10, True, "Weights and block scales: three digits, but nothing beyond 65504."),
-        FloatFormat("bfloat16", 8, 7, True, "Training and activations: the range of float32 with two digits."),
-        FloatFormat("float8_e4m3fn", 4, 3, False, "8-bit weights and activations with a scale; no infinity."),
-        FloatFormat("float8_e5m2", 5, 2, True, "8-bit gradients: the range of float16 with less than one digit."),
+        FloatFormat("float32", 8, 23, True, "Sums, optimizer states: more digits than weights need."),
+        FloatFormat("float16", 5, 10, True, "Weights and block scales: three digits, nothing beyond 65504."),
+        FloatFormat("bfloat16", 8, 7, True, "Training, activations: the range of float32 with two digits."),
+        FloatFormat("float8_e4m3fn", 4, 3, False, "Weights and activations in 8 bits, with a scale to fit +-448."),
+        FloatFormat("float8_e5m2", 5, 2, True, "Gradients in 8 bits: the range of float16 with one digit."),
     )
 }
 
@@ -143,7 +143,7 @@ class Anatomy:
             return "not a number" if math.isnan(self.stored) else f"{sign}infinity"
         if self.stored == 0:
             return f"{sign}0"
-        power = max(int(self.exponent, 2), 1) - self.format.bias
+        power = math.frexp(self.stored)[1] - 1
         return f"{sign}{math.ldexp(abs(self.stored), -power):.10g} x 2^{power}"
 
 
