@@ -174,7 +174,7 @@ def test_an_interrupt_leaves_nothing(
 def test_a_text_too_short_to_score(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
     status = run(["eval", str(llama), "--against", str(llama), "--text", str(tmp_path / "short.txt")])
-    refused(capsys, status, "short.txt", "512")
+    refused(capsys, status, "too short", "512")
 
 
 def test_a_text_that_is_not_there(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
