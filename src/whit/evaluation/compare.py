@@ -23,9 +23,9 @@ from torch import Tensor
 from whit.errors import BadWeightsError, ModelError, TextError
 from whit.evaluation.divergence import Comparison, TokenMeasures, joined, measure, summarize
 from whit.models.model import Model
-from whit.models.skeleton import Head, load_module, n_positions, split
+from whit.models.skeleton import load_module, split
 
-CHUNK = 64  # positions whose logits exist at once
+LOGITS = 2**22  # values in one piece of logits: 85 positions of a vocabulary of 49152, 32 MB in float64
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being worked on
 
 
@@ -41,7 +41,7 @@ class FinalStates:
 
     label: str
     hidden: Tensor
-    head: Head
+    head: Callable[[Tensor], Tensor]
     n_vocab: int
 
 
@@ -72,31 +72,34 @@ def final_states(model: Model, windows: Tensor, progress: Progress | None = None
     tell = progress or _ignore
     n, length = windows.shape
     tell(0, n, f"loading {model.label}")
-    module = load_module(model)
-    longest = n_positions(module)
-    if longest is not None and length > longest:
-        raise TextError(f"{model.label} reads at most {longest} tokens; windows of {length} cannot be scored with it.")
-    body, head = split(module)
-    n_vocab = head(torch.zeros(1, module.config.get_text_config().hidden_size)).shape[1]
-    if windows.max() >= n_vocab:
+    halves = split(load_module(model))
+    if halves.longest is not None and length > halves.longest:
+        raise TextError(
+            f"{model.label} reads at most {halves.longest} tokens; windows of {length} are too long for it."
+        )
+    if windows.max() >= halves.n_vocab:
         raise ModelError(
-            f"{model.label}: the text has token {windows.max().item()}, the model knows {n_vocab}. "
+            f"{model.label}: the text has token {windows.max().item()}, the model knows {halves.n_vocab}. "
             "Tokenizer and model do not belong together."
         )
     hidden = []
     for index in range(n):
-        states = body(windows[index : index + 1])[0, scored(length)]  # [positions, hidden]
+        states = halves.body(windows[index : index + 1])[0, scored(length)]  # [positions, hidden]
         hidden.append(states.float().clone())  # a view would keep the whole window
         tell(index + 1, n, f"reading with {model.label}")
-    del body
+    kept = FinalStates(model.label, torch.cat(hidden), halves.head, halves.n_vocab)
+    del halves
     gc.collect()  # modules hold cycles; the next model needs the room now
-    return FinalStates(model.label, torch.cat(hidden), head, n_vocab)
+    return kept
 
 
 def compare_states(
     candidate: FinalStates, reference: FinalStates, windows: Tensor, progress: Progress | None = None
 ) -> Comparison:
-    """Compare two models that have read the same windows [windows, length] int64. Raises ModelError, BadWeightsError."""
+    """Compare two models that have read the same windows [windows, length] int64.
+
+    Raises ModelError when their vocabularies differ, BadWeightsError when logits are not finite.
+    """
     if candidate.n_vocab != reference.n_vocab:
         raise ModelError(
             f"{candidate.label} predicts {candidate.n_vocab} tokens, {reference.label} {reference.n_vocab}: "
@@ -105,10 +108,11 @@ def compare_states(
     tell = progress or _ignore
     n, length = windows.shape
     targets = windows[:, scored(length, shift=1)].flatten()  # [positions]
-    n_chunks = math.ceil(targets.numel() / CHUNK)
+    size = max(1, LOGITS // reference.n_vocab)
+    n_chunks = math.ceil(targets.numel() / size)
     parts: list[TokenMeasures] = []
     for index in range(n_chunks):
-        chunk = slice(index * CHUNK, (index + 1) * CHUNK)
+        chunk = slice(index * size, (index + 1) * size)
         logits = [_logits(states, chunk) for states in (candidate, reference)]
         parts.append(measure(logits[0], logits[1], targets[chunk]))
         tell(math.floor(n * (index + 1) / n_chunks), n, "comparing")

@@ -106,15 +106,26 @@ def load_module(model: Model, dtype: torch.dtype = torch.float32) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-Body = Callable[[Tensor], Tensor]
-Head = Callable[[Tensor], Tensor]
+@dataclass(frozen=True)
+class Halves:
+    """A model cut between its final hidden states and its logits.
+
+    body      token ids [batch, tokens] int64 -> final hidden states [batch, tokens, hidden]
+    head      final hidden states [positions, hidden] -> logits [positions, vocab]
+    n_vocab   tokens that the model knows
+    longest   tokens it can read at once, None when its configuration does not say
+    """
+
+    body: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+    n_vocab: int
+    longest: int | None
 
 
-def split(module: nn.Module) -> tuple[Body, Head]:
+def split(module: nn.Module) -> Halves:
     """Cut a model from `load_module` in two; `module` itself becomes the head and must not be used otherwise.
 
-    Returns body: token ids [batch, tokens] int64 -> final hidden states [batch, tokens, hidden],
-    and head: hidden states [positions, hidden] -> logits [positions, vocab]. Dropping the body frees its weights.
+    When the last reference to the body goes, so do its weights (a tied embedding stays with the head).
     Raises ModelError when the two halves do not reproduce the model's own logits on a short input.
     """
     if not isinstance(module, PreTrainedModel):
@@ -123,8 +134,8 @@ def split(module: nn.Module) -> tuple[Body, Head]:
     path = next((name for name, part in module.named_modules() if part is decoder and part is not module), None)
     if path is None:
         raise ModelError(f"{type(module).__name__}: its decoder cannot be told from its head; it cannot be measured.")
-    n_probe = min(4, module.config.get_text_config().vocab_size)
-    probe = torch.arange(n_probe)[None]  # [1, tokens]
+    config = module.config.get_text_config()
+    probe = torch.arange(min(4, config.vocab_size))[None]  # [1, tokens]
     with torch.inference_mode():
         expected = module(input_ids=probe, use_cache=False).logits[0]  # [tokens, vocab]
     module.set_submodule(path, _PassThrough())
@@ -140,14 +151,7 @@ def split(module: nn.Module) -> tuple[Body, Head]:
     # The order of a sum may depend on how many rows are multiplied at once, hence a tolerance at all.
     if not torch.allclose(head(body(probe)[0]), expected, rtol=1e-4, atol=1e-5):
         raise ModelError(f"{type(module).__name__}: body and head do not add up to the model; it cannot be measured.")
-    return body, head
-
-
-def n_positions(module: nn.Module) -> int | None:
-    """The longest text in tokens that the model's configuration allows, or None when it does not say."""
-    if not isinstance(module, PreTrainedModel):
-        raise TypeError(f"expected a module made by load_module, got {type(module).__name__}")
-    return getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    return Halves(body, head, expected.shape[1], getattr(config, "max_position_embeddings", None))
 
 
 class _PassThrough(nn.Module):
