@@ -28,6 +28,7 @@ Part = Literal["held-out", "calibration"]
 
 WINDOW = 512  # tokens
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are mostly a name said again
+SHORTEST_REPEATED = 60  # characters; shorter paragraphs ("For example:") may occur again
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,13 @@ def _documents() -> Iterator[tuple[str, str]]:
     documents = {f"topic {name}": [topic.strip()] for name, topic in _topics(root / "pydoc_data" / "topics.py").items()}
     for path in root.glob("*.py"):
         documents[f"module {path.name}"] = [text for text in _docstrings(path) if len(text) >= SHORTEST_DOCSTRING]
-    seen: set[str] = set()  # modules that mirror each other share docstrings; no sentence may be on both sides
+    # Topics quote each other and modules mirror each other; every paragraph stays with the first that has it, so that
+    # nothing is on both sides.
+    seen: set[str] = set()
     for name in sorted(documents, key=_digest):
-        fresh = [text for text in documents[name] if text not in seen]
-        seen.update(fresh)
+        paragraphs = "\n\n".join(documents[name]).split("\n\n")
+        fresh = [paragraph for paragraph in paragraphs if paragraph.strip() not in seen]
+        seen.update(paragraph.strip() for paragraph in fresh if len(paragraph.strip()) >= SHORTEST_REPEATED)
         if fresh:
             yield name, "\n\n".join(fresh)
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from whit.checkpoints.source import TensorSource
@@ -138,7 +138,8 @@ def split(module: nn.Module) -> Halves:
     probe = torch.arange(min(4, config.vocab_size))[None]  # [1, tokens]
     with torch.inference_mode():
         expected = module(input_ids=probe, use_cache=False).logits[0]  # [tokens, vocab]
-    module.set_submodule(path, _PassThrough())
+        output = type(decoder(input_ids=probe, use_cache=False))
+    module.set_submodule(path, _PassThrough(output))
 
     def body(ids: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -157,9 +158,12 @@ def split(module: nn.Module) -> Halves:
 class _PassThrough(nn.Module):
     """Stands where the decoder stood and returns the hidden states that it is given as embeddings."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
-        # This output has the fields of the plain one and those that mixtures of experts look at.
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def __init__(self, output: type[ModelOutput]) -> None:
+        super().__init__()
+        self._output = output  # the decoder's own, because some models look at fields that others lack
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> ModelOutput:
+        return self._output(last_hidden_state=inputs_embeds)
 
 
 def _config_and_class(model: Model) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
