@@ -1,0 +1,454 @@
+"""Bytes to store, run and train a language model, before anything is downloaded or built.
+
+The obvious estimate, parameters times bits, is right for the weights and silent about the rest. Running also
+needs a KV cache that grows with the context, and working memory; training needs gradients, optimizer states and
+activations. Every figure here is one formula over plain numbers, so that it can be checked with a pencil.
+
+Left out: the exact size of one particular file (metadata, tokenizer, tensors that stay in float), which is known
+when its plan is made; memory that a runtime or a driver takes for itself; caches that are compressed or paged.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from whit.errors import ModelError, RecipeError
+
+GB = 10**9
+GIB = 2**30
+
+# Bits per parameter of bare numbers, without scales: what storage tables of papers and cards mean.
+PLAIN_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}
+
+_COUNT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d+)(e[+-]?\d{1,3})?\s*([kmbgt]?)", re.IGNORECASE)
+_UNITS = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
+_MOST_PARAMETERS = 10**18
+
+
+def looks_like_count(text: str) -> bool:
+    """Whether a person means a number of parameters ("8B", "8e9", "135M") rather than the name of a model."""
+    return _COUNT.fullmatch(text.strip()) is not None
+
+
+def parse_count(text: str) -> int:
+    """The number of parameters that a person typed: 8e9, 8B, 135M, 1.1b, 8_000_000_000.
+
+    Raises RecipeError when it is no count, or not a whole number from 1 to 10^18.
+    """
+    match = _COUNT.fullmatch(text.strip())
+    if match is None:
+        raise RecipeError(f"{text!r} is not a number of parameters. Write it like 8e9, 8B, 135M or 8_000_000_000.")
+    unit = match.group(3)
+    number = text.strip().removesuffix(unit).strip().replace("_", "")
+    count = Decimal(number).scaleb(_UNITS[unit.lower()])
+    if not 1 <= count <= _MOST_PARAMETERS or count != count.to_integral_value():
+        raise RecipeError(f"{text} parameters: a whole number from 1 to 1e18 is needed, such as 8B or 135M.")
+    return int(count)
+
+
+# ---- storing ---------------------------------------------------------------------------------------------------
+
+
+def storage_bytes(n_parameters: int, bits: float) -> float:
+    """Bytes of weights: n_parameters * bits / 8.
+
+    bits  stored bits per weight, scales included (4 for bare int4, 4.5 for q4_0)
+
+        storage_bytes(8 * 10**9, 16) / GIB  # 14.901161193847656
+    """
+    return n_parameters * bits / 8
+
+
+def storage_table(n_parameters: int, bits: Mapping[str, float]) -> dict[str, float]:
+    """Bytes of the weights in every format of `bits` (name -> bits per weight), in that order."""
+    return {name: storage_bytes(n_parameters, each) for name, each in bits.items()}
+
+
+def count_parameters(shapes: Mapping[str, tuple[int, ...]], tied: bool) -> int:
+    """Parameters in a set of tensors, each weight once.
+
+    shapes  tensor name -> dimensions
+    tied    whether the output head is the embedding; a file may hold both, and the head is then not counted
+    Attention masks and rotary frequencies, which old checkpoints store beside the weights, are not parameters.
+    """
+    return sum(math.prod(shape) for name, shape in _weights(shapes, tied).items())
+
+
+def widest_used_row(shapes: Mapping[str, tuple[int, ...]], tied: bool) -> int | None:
+    """The row width, in weights, that most weights of the matrices share; None without a matrix."""
+    widths: dict[int, int] = {}
+    for shape in _weights(shapes, tied).values():
+        if len(shape) > 1:
+            widths[shape[-1]] = widths.get(shape[-1], 0) + math.prod(shape)
+    return max(widths, key=lambda width: widths[width]) if widths else None
+
+
+_NOT_PARAMETERS = re.compile(r"\.(inv_freq|masked_bias)$")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def _weights(shapes: Mapping[str, tuple[int, ...]], tied: bool) -> dict[str, tuple[int, ...]]:
+    def counts(name: str, shape: tuple[int, ...]) -> bool:
+        mask = name.endswith(".bias") and len(shape) == 4  # GPT-2's and GPT-NeoX's triangles
+        twice = tied and name in _HEADS and any(s == shape for other, s in shapes.items() if other != name)
+        return not (mask or twice or _NOT_PARAMETERS.search(name))
+
+    return {name: shape for name, shape in shapes.items() if counts(name, shape)}
+
+
+# ---- running ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of a transformer that memory depends on.
+
+    hidden          width of the residual stream
+    heads           query heads; kv_heads: heads whose keys and values are cached
+    head_dim        width of one head
+    intermediate    width inside the feed-forward layer (of all experts that one token visits)
+    vocab           rows of the output head
+    sliding_layers  how many of the layers see only the last `window` positions
+    window          positions that these layers keep
+    max_context     positions that the model was made for, where known
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    sliding_layers: int = 0
+    window: int = 0
+    max_context: int | None = None
+
+    def matrices(self) -> list[tuple[int, int]]:
+        """[rows, cols] of the seven matrices of every gated block: q, k, v, o, gate, up, down."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = [(q, self.hidden), (kv, self.hidden), (kv, self.hidden), (self.hidden, q)]
+        feed_forward = [(self.intermediate, self.hidden)] * 2 + [(self.hidden, self.intermediate)]
+        return (attention + feed_forward) * self.layers
+
+
+# Shapes that are published, for a forecast when only a number of parameters is known.
+KNOWN_SHAPES: dict[str, tuple[int, Shape]] = {
+    "SmolLM2 135M": (134_515_008, Shape(30, 576, 9, 3, 64, 1536, 49152)),
+    "SmolLM2 360M": (361_821_120, Shape(32, 960, 15, 5, 64, 2560, 49152)),
+    "Llama 3.2 1B": (1_235_814_400, Shape(16, 2048, 32, 8, 64, 8192, 128256)),
+    "Llama 3.2 3B": (3_212_749_824, Shape(28, 3072, 24, 8, 128, 8192, 128256)),
+    "Llama 3.1 8B": (8_030_261_248, Shape(32, 4096, 32, 8, 128, 14336, 128256)),
+    "Mistral Nemo 12B": (12_247_782_400, Shape(40, 5120, 32, 8, 128, 14336, 131072)),
+    "Qwen2.5 32B": (32_763_876_352, Shape(64, 5120, 40, 8, 128, 27648, 152064)),
+    "Llama 3.1 70B": (70_553_706_496, Shape(80, 8192, 64, 8, 128, 28672, 128256)),
+    "Llama 3.1 405B": (405_853_388_800, Shape(126, 16384, 128, 8, 128, 53248, 128256)),
+}
+
+
+def plausible_shape(n_parameters: int) -> tuple[str, Shape]:
+    """The published model that is nearest in size, by ratio, and its shape."""
+    name = min(KNOWN_SHAPES, key=lambda each: abs(math.log(KNOWN_SHAPES[each][0] / n_parameters)))
+    return name, KNOWN_SHAPES[name][1]
+
+
+# One fact under the names that transformers' configurations give it.
+_NAMES = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers"),
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "intermediate": ("intermediate_size", "ffn_dim", "n_inner"),
+    "expert": ("moe_intermediate_size",),
+    "vocab": ("vocab_size",),
+    "max_context": ("max_position_embeddings", "n_positions", "max_seq_len"),
+}
+# Families that alternate by their class default: every n-th layer is full, the others slide.
+_FULL_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that describes the language model (multimodal ones nest it)."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, Mapping) else config
+
+
+def shape_from_config(config: Mapping[str, Any]) -> Shape:
+    """The shape that a config.json describes.
+
+    Raises ModelError that names what is missing or is not a positive whole number.
+    """
+    config = text_config(config)
+    found = {fact: _first(config, names) for fact, names in _NAMES.items()}
+    missing = [_NAMES[fact][0] for fact in ("layers", "hidden", "heads", "vocab") if found[fact] is None]
+    if missing:
+        raise ModelError(f"config.json does not say {', '.join(missing)}, which the memory to run depends on.")
+    layers, hidden, heads = found["layers"] or 0, found["hidden"] or 0, found["heads"] or 0
+    intermediate = found["expert"] or found["intermediate"] or 4 * hidden  # GPT-2 leaves out the usual 4 x hidden
+    visited = _first(config, ("num_experts_per_tok",)) or 1
+    sliding, window = _sliding(config, layers)
+    return Shape(
+        layers,
+        hidden,
+        heads,
+        found["kv_heads"] or heads,
+        found["head_dim"] or hidden // heads,
+        intermediate * visited,
+        found["vocab"] or 0,
+        sliding,
+        window,
+        found["max_context"],
+    )
+
+
+def _first(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(f"config.json: {name} is {value!r}, but a positive whole number is needed.")
+        return value
+    return None
+
+
+def _sliding(config: Mapping[str, Any], layers: int) -> tuple[int, int]:
+    """How many layers see only a window, and how wide it is; (0, 0) without one."""
+    window = _first(config, ("sliding_window",))
+    if window is None or config.get("use_sliding_window") is False:
+        return 0, 0
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list):
+        return min(kinds.count("sliding_attention"), layers), window
+    full_every = _first(config, ("sliding_window_pattern",)) or _FULL_EVERY.get(str(config.get("model_type")))
+    if full_every:
+        return layers - layers // full_every, window
+    if config.get("use_sliding_window"):  # Qwen: only the layers from here on
+        return max(layers - (_first(config, ("max_window_layers",)) or 0), 0), window
+    return layers, window
+
+
+def kv_cache_bytes(shape: Shape, context: int, batch: int = 1, bits: float = 16) -> float:
+    """Bytes of cached keys and values: sum over layers of 2 * kv_heads * head_dim * positions * batch * bits / 8.
+
+    context  positions per sequence; a sliding layer keeps min(context, window) of them
+    batch    sequences at once
+    bits     bits per cached number (16 for float16, 8.5 for q8_0)
+    """
+    positions = (shape.layers - shape.sliding_layers) * context + shape.sliding_layers * min(context, shape.window)
+    return 2 * shape.kv_heads * shape.head_dim * positions * batch * bits / 8
+
+
+def working_bytes(shape: Shape, context: int, batch: int = 1, chunk: int = 512) -> float:
+    """Bytes of scratch space: 4 * c * (2 * hidden + max(vocab, 2 * intermediate)) + 4 * batch * vocab.
+
+    c = min(chunk, context) tokens pass through the model at once (llama.cpp's micro-batch), in float32. The widest
+    moment is the head's logits or the two halves of a gated feed-forward layer, beside two residual streams; one
+    row of logits per sequence is kept for sampling. Attention is fused: without it, heads * context scores per
+    token may be wider still.
+    Agrees with the buffers that llama.cpp reports for SmolLM2 (docs/memory.md).
+    """
+    tokens = min(chunk, context)
+    return 4.0 * tokens * (2 * shape.hidden + max(shape.vocab, 2 * shape.intermediate)) + 4.0 * batch * shape.vocab
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes to run a model: the three parts, and `total`."""
+
+    weights: float
+    kv_cache: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """weights + kv_cache + working."""
+        return self.weights + self.kv_cache + self.working
+
+
+def run_bytes(weights: float, shape: Shape, context: int, batch: int = 1, cache_bits: float = 16) -> RunMemory:
+    """Bytes to run a model whose weights take `weights` bytes: see `kv_cache_bytes` and `working_bytes`."""
+    return RunMemory(weights, kv_cache_bytes(shape, context, batch, cache_bits), working_bytes(shape, context, batch))
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per trained parameter by what it is for; activations per parameter are a generous rule of thumb."""
+
+    copy: float  # the weights that compute
+    master: float  # the weights that are updated, where they are not the same
+    state: float  # one full-size optimizer state
+    gradient: float
+    activations: float
+
+
+PRECISIONS: dict[str, Precision] = {
+    "float32": Precision(copy=4, master=0, state=4, gradient=4, activations=8),
+    "16-bit": Precision(copy=2, master=0, state=2, gradient=2, activations=4),
+    # Gradients stay in float32, as transformers' trainer keeps them.
+    "mixed": Precision(copy=2, master=4, state=4, gradient=4, activations=4),
+}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Full-size states per parameter; `bytes_per_parameter` where they are not stored in the training precision."""
+
+    states: float
+    why: str
+    bytes_per_parameter: float | None = None
+
+
+# A square matrix of this width stands for all in the share that Adafactor's sums take.
+_TYPICAL_WIDTH = 4096
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adam": Optimizer(2, "two moments"),
+    "adam-8bit": Optimizer(2, "two moments of 1 byte, a float32 scale per 256 of them", 2 * (1 + 4 / 256)),
+    "sgd-momentum": Optimizer(1, "one momentum"),
+    "sgd": Optimizer(0, "no state"),
+    "adafactor": Optimizer(2 / _TYPICAL_WIDTH, f"sums of rows and columns, here of {_TYPICAL_WIDTH}-wide matrices"),
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside a frozen base.
+
+    base_bits            bits per frozen weight
+    trainable_parameters weights in the adapters; they are trained in float32
+    """
+
+    base_bits: float
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class TrainingLine:
+    """One line of the bill. `part` is weights, optimizer, gradients or activations."""
+
+    part: str
+    why: str
+    n_bytes: float
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The bill for training, line by line."""
+
+    lines: tuple[TrainingLine, ...]
+
+    def part(self, name: str) -> float:
+        """Bytes of all lines of one part."""
+        return sum(line.n_bytes for line in self.lines if line.part == name)
+
+    @property
+    def total(self) -> float:
+        """Bytes of all lines."""
+        return sum(line.n_bytes for line in self.lines)
+
+
+def train_bytes(
+    n_parameters: int, precision: str = "float32", optimizer: str = "adam", lora: Lora | None = None
+) -> TrainingMemory:
+    """The bill for training: weights, optimizer, gradients, activations and temporary memory.
+
+    precision  a name in PRECISIONS; with `lora` it sets the activations alone
+    optimizer  a name in OPTIMIZERS
+    lora       adapters; None trains every weight
+    float32 and Adam: 4 + 8 + 4 + 8 = 24 bytes per parameter; 16-bit: the half. Activations depend on batch and
+    length rather than on parameters; 8 (or 4) bytes per parameter is a high estimate for small batches. Gradients
+    must pass through frozen layers too, so adapters do not shrink it.
+    Raises RecipeError for an unknown precision or optimizer; the message lists those there are.
+    Source: huggingface.co/docs/transformers/model_memory_anatomy; LoRA arXiv 2106.09685; QLoRA arXiv 2305.14314;
+    8-bit Adam arXiv 2110.02861; Adafactor arXiv 1804.04235.
+    """
+    if precision not in PRECISIONS:
+        raise RecipeError(f"There is no training precision {precision!r}. Known: {', '.join(PRECISIONS)}.")
+    if optimizer not in OPTIMIZERS:
+        raise RecipeError(f"There is no optimizer {optimizer!r}. Known: {', '.join(OPTIMIZERS)}.")
+    compute, states = PRECISIONS[precision], OPTIMIZERS[optimizer]
+    activations = TrainingLine(
+        "activations", "and temporary memory, a high estimate", n_parameters * compute.activations
+    )
+    if lora is None:
+        held, trained = compute, n_parameters
+        weights = [TrainingLine("weights", "that compute", n_parameters * held.copy)]
+        if held.master:
+            weights.append(TrainingLine("weights", "float32 master copy", n_parameters * held.master))
+    else:
+        held, trained = PRECISIONS["float32"], lora.trainable_parameters
+        weights = [
+            TrainingLine(
+                "weights", f"frozen base, {lora.base_bits:g} bits", storage_bytes(n_parameters, lora.base_bits)
+            ),
+            TrainingLine("weights", "adapters", trained * held.copy),
+        ]
+    each = states.states * held.state if states.bytes_per_parameter is None else states.bytes_per_parameter
+    return TrainingMemory(
+        (
+            *weights,
+            TrainingLine("optimizer", states.why, trained * each),
+            TrainingLine("gradients", "of what is trained", trained * held.gradient),
+            activations,
+        )
+    )
+
+
+def lora_parameters(matrices: Iterable[tuple[int, int]], rank: int) -> int:
+    """Weights in adapters of this rank on every given [rows, cols] matrix: sum of rank * (rows + cols).
+
+    Source: arXiv 2106.09685, section 4.1.
+    """
+    return sum(rank * (rows + cols) for rows, cols in matrices)
+
+
+# ---- how far to trust it ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """A size that somebody else printed, and what we forecast for it.
+
+    published_gb  as printed, with the unit printed ("GB")
+    bits          bits per weight of the forecast
+    """
+
+    model: str
+    n_parameters: int
+    format: str
+    bits: float
+    published_gb: float
+
+    @property
+    def forecast_bytes(self) -> float:
+        """n_parameters * bits / 8."""
+        return storage_bytes(self.n_parameters, self.bits)
+
+    def deviation_percent(self, unit: int) -> float:
+        """Forecast against the printed figure, read in units of GB or GIB bytes."""
+        return 100 * (self.forecast_bytes / unit / self.published_gb - 1)
+
+
+# LLaMA 1: parameters counted from its published dimensions (7B is 6.738e9, 30B is 32.529e9).
+_LLAMA_1 = {
+    "7B": (6_738_415_616, 13, 3.9),
+    "13B": (13_015_864_320, 24, 7.8),
+    "30B": (32_528_943_616, 60, 19.5),
+    "65B": (65_285_660_672, 120, 38.5),
+}
+# Q4_0 then stored a float32 scale with 32 codes: 160 bits per 32 weights. Today's has a float16 scale, 4.5 bits.
+PUBLISHED: tuple[Published, ...] = tuple(
+    Published(model, n, format, bits, figure)
+    for model, (n, at_16, at_4) in _LLAMA_1.items()
+    for format, bits, figure in (("16 bit", 16, at_16), ("4 bit", 4, at_4), ("q4_0 of 2023", 5, at_4))
+)
