@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,11 +35,24 @@ def llama_cpp_logits(path: Path, tokens: Sequence[int], n_ctx: int | None = None
     """
     with TemporaryDirectory() as folder:
         out = Path(folder) / "logits.npy"
-        arguments = [str(path), ",".join(map(str, tokens)), str(n_ctx or len(tokens)), str(out)]
-        process = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
-        if process.returncode != 0:
-            raise LlamaCppError(process.stderr)
+        _in_a_process("logits", str(path), ",".join(map(str, tokens)), str(n_ctx or len(tokens)), str(out))
         return np.load(out)
+
+
+def llama_cpp_tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids that llama.cpp gives for texts; special tokens written in a text are recognised, none are added.
+
+    Raises LlamaCppError when the file cannot be loaded.
+    """
+    return json.loads(_in_a_process("tokens", str(path), stdin=json.dumps(list(texts))))
+
+
+def _in_a_process(*arguments: str, stdin: str = "") -> str:
+    command = [sys.executable, __file__, *arguments]
+    process = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise LlamaCppError(process.stderr)
+    return process.stdout
 
 
 class _ModelParams(ctypes.Structure):
@@ -154,6 +168,28 @@ def _evaluate(path: str, tokens: list[int], n_ctx: int) -> np.ndarray:
     return np.ctypeslib.as_array(lib.llama_get_logits(context), (len(tokens), n_vocab)).copy()
 
 
+def _tokenize(path: str, texts: list[str]) -> list[list[int]]:
+    lib = _library()
+    lib.llama_backend_init()
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    model = lib.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        raise SystemExit("the vocabulary could not be loaded")
+    vocab = lib.llama_model_get_vocab(model)
+    lib.llama_tokenize.argtypes = [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]
+    found = []
+    for text in texts:
+        raw = text.encode()
+        ids = (c_int32 * (len(raw) + 8))()
+        n = lib.llama_tokenize(vocab, raw, len(raw), ids, len(ids), False, True)
+        found.append(list(ids[:n]))
+    return found
+
+
 if __name__ == "__main__":
-    file, listed, context_length, target = sys.argv[1:]
-    np.save(target, _evaluate(file, [int(token) for token in listed.split(",")], int(context_length)))
+    if sys.argv[1] == "tokens":
+        print(json.dumps(_tokenize(sys.argv[2], json.load(sys.stdin))))
+    else:
+        file, listed, context_length, target = sys.argv[2:]
+        np.save(target, _evaluate(file, [int(token) for token in listed.split(",")], int(context_length)))

@@ -70,7 +70,14 @@ def test_no_file_grows_past_five_hundred_lines(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=by_name)
 def test_the_library_reads_no_environment_and_no_pickles(path: Path) -> None:
     text = path.read_text()
-    for forbidden in ("os.environ", "getenv", "torch.load", "import pickle", "trust_remote_code=True", "set_default_dtype"):
+    for forbidden in (
+        "os.environ",
+        "getenv",
+        "torch.load",
+        "import pickle",
+        "trust_remote_code=True",
+        "set_default_dtype",
+    ):
         assert forbidden not in text
 
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
-from tiny import save_tiny
 
+from tiny import save_tiny
 from whit.errors import BrokenFileError, ModelError
 from whit.models.open import open_model
 

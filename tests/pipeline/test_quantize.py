@@ -4,11 +4,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from llamacpp import llama_cpp_logits
 from safetensors.torch import load_file, save_file
-from tiny import random_tokens, save_tiny
-from toy_tokenizers import save_toy_tokenizer
 
+from llamacpp import llama_cpp_logits
+from tiny import random_tokens, save_tiny
+from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.checkpoints.gguf import GGUFFile
 from whit.layouts.ggml import GGML_TYPES
 from whit.models.open import open_model
@@ -21,7 +21,7 @@ from whit.recipes.recipe import Recipe, Rule
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantize") / "llama"
-    save_tiny("llama", folder)
+    save_tiny("llama", folder, vocab_size=TOY_VOCAB)
     save_toy_tokenizer("llama", folder)
     return folder
 
@@ -98,7 +98,7 @@ def test_shards_and_half_precision_sources_are_read(llama: Path, tmp_path: Path)
 
 
 def test_rows_that_no_block_divides_are_listed_and_kept_in_float16(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "odd", intermediate_size=100)
+    save_tiny("llama", tmp_path / "odd", intermediate_size=100, vocab_size=TOY_VOCAB)
     save_toy_tokenizer("llama", tmp_path / "odd")
     result = write_gguf(open_model(tmp_path / "odd"), recipe_named("q4_0"), tmp_path / "a.gguf")
     odd = [step for step in result.plan.exceptions if step.kind is GGML_TYPES["F16"]]
