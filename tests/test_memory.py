@@ -308,9 +308,10 @@ def test_a_configuration_without_dimensions_says_what_is_missing() -> None:
 
 def test_cache_and_working_memory_are_those_llama_cpp_reports_for_smollm2() -> None:
     # printed by llama-perplexity -v with fused attention: KV buffer, compute buffer and output buffer, in MiB
-    assert kv_cache_bytes(SMOLLM2, 8192) / MIB == 180.00
+    assert kv_cache_bytes(SMOLLM2, 8192) / MIB == 180.00  # -c 8192 -b 512 -ub 512
     assert working_bytes(SMOLLM2, 8192) / MIB == pytest.approx(98.2520 + 0.19, abs=0.01)
-    assert working_bytes(SMOLLM2, 8192, batch=4, chunk=2048) / MIB == pytest.approx(393.0078 + 0.75, abs=0.01)
+    assert kv_cache_bytes(SMOLLM2, 512, batch=4) / MIB == 45.00  # -c 512 -b 2048 -ub 2048: four sequences
+    assert working_bytes(SMOLLM2, 512, batch=4, chunk=2048) / MIB == pytest.approx(393.0078 + 0.75, abs=0.01)
 
 
 def test_llama_8b_keeps_128_kib_per_position() -> None:

@@ -248,13 +248,13 @@ def kv_cache_bytes(shape: Shape, context: int, batch: int = 1, bits: float = 16)
 def working_bytes(shape: Shape, context: int, batch: int = 1, chunk: int = 512) -> float:
     """Bytes of scratch space: 4 * c * (2 * hidden + max(vocab, 2 * intermediate)) + 4 * batch * vocab.
 
-    c = min(chunk, context) tokens pass through the model at once (llama.cpp's micro-batch), in float32. The widest
+    c = min(chunk, context * batch) tokens pass through at once (llama.cpp's micro-batch), in float32. The widest
     moment is the head's logits or the two halves of a gated feed-forward layer, beside two residual streams; one
     row of logits per sequence is kept for sampling. Attention is fused: without it, heads * context scores per
     token may be wider still.
     Agrees with the buffers that llama.cpp reports for SmolLM2 (docs/memory.md).
     """
-    tokens = min(chunk, context)
+    tokens = min(chunk, context * batch)
     return 4.0 * tokens * (2 * shape.hidden + max(shape.vocab, 2 * shape.intermediate)) + 4.0 * batch * shape.vocab
 
 
