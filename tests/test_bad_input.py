@@ -20,7 +20,7 @@ from whit.cli.app import run
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small, sound Llama folder with a tokenizer."""
     folder = tmp_path_factory.mktemp("bad") / "llama"
-    save_tiny("llama", folder, vocab_size=TOY_VOCAB)
+    save_tiny("llama", folder, vocab_size=TOY_VOCAB, max_position_embeddings=1024)
     save_toy_tokenizer("llama", folder)
     return folder
 
@@ -184,9 +184,9 @@ def test_a_text_that_is_not_there(llama: Path, capsys: pytest.CaptureFixture[str
 def test_models_of_different_vocabularies_are_not_compared(
     llama: Path, broken: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    save_tiny("gpt2", tmp_path / "gpt2", vocab_size=TOY_VOCAB + 8)
+    save_tiny("gpt2", tmp_path / "gpt2", vocab_size=TOY_VOCAB + 8, max_position_embeddings=1024)
     save_toy_tokenizer("gpt2", tmp_path / "gpt2")
-    refused(capsys, run(["eval", str(llama), "--against", str(tmp_path / "gpt2")]), "vocabular")
+    refused(capsys, run(["eval", str(llama), "--against", str(tmp_path / "gpt2")]), "512 tokens", "520")
 
 
 def test_a_folder_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

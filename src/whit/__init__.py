@@ -30,7 +30,7 @@ _HOMES = {
     "write_gguf": "whit.pipeline.quantize",
 }
 
-__all__ = [*_HOMES]  # noqa: PLE0604
+__all__ = [*_HOMES]
 __version__ = version("whit")
 
 

@@ -61,8 +61,8 @@ def test_the_file_runs_in_llama_cpp_close_to_the_original(llama: Path, tmp_path:
     with torch.no_grad():
         expected = load_module(open_model(tmp_path / "a.gguf"))(torch.tensor([tokens])).logits[0].numpy()
     found = llama_cpp_logits(tmp_path / "a.gguf", tokens)[:, : expected.shape[1]]
-    # the runtime rounds activations to 8 bits when weights are quantized
-    tolerance = 1e-3 if recipe in ("f32", "f16", "bf16") else 0.1
+    # the runtime rounds activations too: to half precision, to bfloat16, or to 8 bits
+    tolerance = {"f32": 1e-4, "f16": 1e-2, "bf16": 3e-2}.get(recipe, 0.1)
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
@@ -88,8 +88,8 @@ def test_shards_and_half_precision_sources_are_read(llama: Path, tmp_path: Path)
     tensors = {name: W.bfloat16() for name, W in load_file(llama / "model.safetensors").items()}
     half = tmp_path / "half"
     half.mkdir()
-    for file in llama.glob("*.json"):
-        (half / file.name).write_text(file.read_text())
+    for file in llama.iterdir():
+        (half / file.name).write_bytes(file.read_bytes())
     save_file(tensors, half / "model.safetensors")
     assert torch.equal(
         written(half, "f32", tmp_path / "a.gguf").read("token_embd.weight"),

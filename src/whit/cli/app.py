@@ -10,12 +10,14 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from typing import Annotated, Any
 
-import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from whit.errors import WhitError
+
+INTERRUPTED = 130
 
 # verb -> (module, one line for the overview)
 VERBS = {
@@ -32,20 +34,22 @@ VERBS = {
 class LazyVerbs(TyperGroup):
     """A command group that imports a verb's module only when it is called."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:
         """The verbs, in the order of a first visit."""
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | None:
         """The verb's command, or None."""
         if cmd_name not in VERBS:
             return None
-        module, summary = VERBS[cmd_name]
+        home, summary = VERBS[cmd_name]
+        module = import_module(home)
         app = typer.Typer(add_completion=False)
-        app.command(name=cmd_name, short_help=summary)(import_module(module).command)
+        settings = getattr(module, "CONTEXT_SETTINGS", None)  # explain takes negative numbers for arguments
+        app.command(name=cmd_name, short_help=summary, context_settings=settings)(module.command)
         return typer.main.get_command(app)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
         """The overview, from the table alone."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in VERBS.items()])
@@ -56,14 +60,19 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def main_options(
-    show_version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
-) -> None:
-    """Make language models small and fast, and show what was lost."""
-    if show_version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"whit {version('whit')}")
         raise typer.Exit()
+
+
+@app.callback()
+def main_options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make language models small and fast, and show what was lost."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,17 +83,18 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; returns the exit status."""
     try:
-        status = typer.main.get_command(app).main(arguments, prog_name="whit", standalone_mode=False)
+        status = typer.main.get_command(app).main(arguments or ["--help"], prog_name="whit", standalone_mode=False)
     except WhitError as error:
         print(f"whit: {error}", file=sys.stderr)
         return error.exit_status
-    except click.ClickException as error:
+    except typer.TyperException as error:
         error.show()
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        print("whit: interrupted; nothing half-written was left behind.", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
+    if status == INTERRUPTED:  # typer turns Ctrl-C into this status by itself
+        print("whit: interrupted; nothing half-written was left behind.", file=sys.stderr)
     return status if isinstance(status, int) else 0

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 BELOW_HALF = torch.tensor(0.5 - 2**-25)
 
 
