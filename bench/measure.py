@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import json
 import statistics
 import subprocess
-import time
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+# A process starts with its parent's peak memory on its account, so the parent of what is measured must be small.
+_WRAPPER = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+output = process.stdout.read()
+_, status, usage = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - started
+print(json.dumps([seconds, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status), output]))
+"""
 
 
 @dataclass(frozen=True)
@@ -22,21 +33,16 @@ class Run:
 
 def run(*command: str | Path) -> Run:
     """Run to the end. Raises RuntimeError with the output when the command fails."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{command} failed with {process.returncode}:\n{output[-2000:]}")
-    return Run(time.perf_counter() - started, usage.ru_maxrss * 1024, output)
+    wrapped = [sys.executable, "-S", "-c", _WRAPPER, *map(str, command)]
+    done = subprocess.run(wrapped, check=True, capture_output=True, text=True)
+    seconds, peak_bytes, status, output = json.loads(done.stdout)
+    if status:
+        raise RuntimeError(f"{command} failed with {status}:\n{output[-2000:]}")
+    return Run(seconds, peak_bytes, output)
 
 
 def side_by_side(commands: dict[str, Sequence[str | Path]], outputs: Sequence[Path], repeats: int) -> dict[str, Run]:
-    """Run the commands in turn, `repeats` times each after one warm-up, and return medians.
+    """Run the commands in turn, `repeats` times each after one warm-up; median time, largest peak.
 
     outputs  files to remove before every run
     Taking turns spreads whatever else the machine does over all of them.
@@ -50,8 +56,6 @@ def side_by_side(commands: dict[str, Sequence[str | Path]], outputs: Sequence[Pa
             if round_number:
                 runs[name].append(measured)
     return {
-        name: Run(
-            statistics.median(r.seconds for r in of_one), max(r.peak_bytes for r in of_one), of_one[-1].output
-        )
+        name: Run(statistics.median(r.seconds for r in of_one), max(r.peak_bytes for r in of_one), of_one[-1].output)
         for name, of_one in runs.items()
     }

@@ -27,6 +27,7 @@ def float_folder() -> Path:
     folder = WORK / "smollm2-f32"
     if not (folder / "model.safetensors").exists():
         model = open_model(MODEL)
+        folder.mkdir(parents=True, exist_ok=True)
         save_tokenizer(model, folder)
         load_module(model).save_pretrained(folder)
     return folder

@@ -48,7 +48,7 @@ def print_result(console: Console, result: Result) -> None:
     plan = result.plan
     console.print(
         f"{result.path}: {result.n_bytes / 1e6:.2f} MB, {result.bits_per_weight:.2f} bits per weight, "
-        f"recipe {plan.recipe.name}, {result.seconds:.1f} s",
+        f"recipe {plan.recipe.name}, {result.seconds:.2f} s",
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +21,7 @@ from whit.models.model import Model
 from whit.models.vocabulary import gguf_vocabulary
 from whit.pipeline.plan import FILE_TYPES, Plan, Step, make_plan
 from whit.recipes.recipe import Recipe
-from whit.rounding.nearest import rounding_named
-
-SLICE = 1 << 22  # weights that are rounded and packed before they are written
+from whit.rounding.nearest import rounding_named, slices
 
 Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
 
@@ -138,9 +137,9 @@ def _bytes(step: Step) -> Iterator[Tensor]:
     rounding = rounding_named(step.rounding)
     for part in step.tensor.parts:
         W = part.read()
-        _check_finite(step.tensor, W)
         W = W.reshape(-1, W.shape[-1])  # [rows, cols]
-        for rows in W.split(max(1, SLICE // W.shape[1])):
+        for rows in slices(W):
+            _check_finite(step.tensor, rows, W)
             try:
                 yield step.kind.pack(rounding(rows.float(), step.kind.grid))
             except OverflowError as error:
@@ -149,9 +148,9 @@ def _bytes(step: Step) -> Iterator[Tensor]:
                 ) from None
 
 
-def _check_finite(tensor: GGUFTensor, W: Tensor) -> None:
-    low, high = W.aminmax()  # one pass; NaN comes through
-    if not torch.isfinite(high - low if W.dtype == torch.float64 else low.double() * high.double()):
+def _check_finite(tensor: GGUFTensor, rows: Tensor, W: Tensor) -> None:
+    low, high = rows.aminmax()  # one pass; NaN comes through
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
         count = int((~torch.isfinite(W)).sum())
         raise BadWeightsError(
             f"{tensor.name}: {count} of {W.numel()} weights are NaN or infinite. The model is damaged; get it again."

@@ -10,7 +10,7 @@ squared activation of every input channel it minimises the first-order output er
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,7 +20,10 @@ from whit.errors import RecipeError
 from whit.grids.grid import Grid
 from whit.grids.quantized import QuantizedTensor
 
-CHUNK = 1 << 18  # weights worked on at a time: a few float32 temporaries stay inside a core's cache
+# Weights worked on at a time. Temporaries stay inside a core's cache, and torch uses one thread: from 32768 values
+# on it splits an operation over its threads, which wait for each other by spinning. With another process on a core,
+# the hundreds of thousands of short operations of one model then take fifty times as long (docs/log.md).
+SLICE = 32767
 
 
 class Rounding(Protocol):
@@ -60,14 +63,16 @@ def _searched(W: Tensor, grid: Grid, weights: Tensor) -> QuantizedTensor:
 
 
 def _by_rows(W: Tensor, grid: Grid, rounded: Callable[[Tensor], QuantizedTensor]) -> QuantizedTensor:
-    """Work in slices of rows when rows are independent: the same result, a fraction of the memory traffic."""
-    rows, cols = _shape(W)
-    per_slice = max(1, CHUNK // max(cols, 1))
-    if not grid.row_independent or rows <= per_slice:
+    if not grid.row_independent or W.numel() <= SLICE:
         return rounded(W)
-    parts = [rounded(part) for part in W.split(per_slice)]
+    parts = [rounded(part) for part in slices(W)]
     params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
-    return QuantizedTensor(grid, (rows, cols), torch.cat([part.codes for part in parts]), params)
+    return QuantizedTensor(grid, _shape(W), torch.cat([part.codes for part in parts]), params)
+
+
+def slices(W: Tensor) -> Sequence[Tensor]:
+    """A matrix [rows, cols] in slices of whole rows that one core works on best."""
+    return W.split(max(1, SLICE // max(1, W.shape[1])))
 
 
 def _shape(W: Tensor) -> tuple[int, int]:

@@ -1,0 +1,9 @@
+"""`make bench`: every measurement, one after the other. Builds the peers on first use; takes about half an hour."""
+
+from __future__ import annotations
+
+from bench import agreement, conversion, quality
+
+for measurement in (conversion, agreement, quality):
+    print(f"\n## {measurement.__name__.removeprefix('bench.')}\n\n{measurement.__doc__}\n", flush=True)
+    measurement.main()
