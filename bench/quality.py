@@ -1,4 +1,4 @@
-"""What every recipe loses, by Whit's rounding and by llama.cpp's quantizer at the same bytes. Also draws the picture."""
+"""What every recipe loses, by Whit and by llama.cpp's quantizer at the same bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.quantize import write_gguf
 from whit.recipes.named import recipe_named
 
-WINDOWS = 32
+WINDOWS = 16
 RECIPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 

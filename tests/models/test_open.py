@@ -1,9 +1,11 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tiny import save_tiny
+from whit.checkpoints.safetensors import SafetensorsFile
 from whit.errors import BrokenFileError, ModelError
 from whit.models.open import open_model
 
@@ -37,6 +39,19 @@ def test_a_hub_id_is_downloaded_and_opened(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert open_model("owner/name").config["model_type"] == "qwen2"
     assert asked == ["owner/name"]
+
+
+def test_headers_of_a_hub_model_are_enough_to_know_its_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = SafetensorsFile(folder / "model.safetensors")
+    tensors = {name: SimpleNamespace(dtype="F32", shape=list(file.info(name).shape)) for name in file.names()}
+    found = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(folder / "config.json"))
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _: found)
+    model = open_model("owner/name", fetch=False)
+    assert model.config["model_type"] == "qwen2"
+    assert model.n_bytes == sum(file.info(name).n_bytes for name in file.names())
+    with pytest.raises(ValueError, match="only headers"):
+        model.tensors.read(model.tensors.names()[0])
 
 
 def test_an_unreachable_hub_says_what_else_works(monkeypatch: pytest.MonkeyPatch) -> None:

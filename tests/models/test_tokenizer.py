@@ -44,7 +44,9 @@ def smollm2() -> Tokenizer:
     return load_tokenizer(open_smollm2())
 
 
-@given(text=st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs", "Cc"]), max_size=60))  # its vocabulary lacks some bytes
+@given(
+    text=st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs", "Cc"]), max_size=60)
+)  # its vocabulary lacks some bytes
 @settings(max_examples=60, deadline=None)
 def test_any_text_comes_back(smollm2: Tokenizer, text: str) -> None:
     assert smollm2.decode(smollm2.encode(text)) == text

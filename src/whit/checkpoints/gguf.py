@@ -254,7 +254,7 @@ class GGUFWriter:
         for tensor, pieces in zip(self._tensors, data, strict=True):
             written = 0
             for piece in pieces:
-                file.write(memoryview(piece.numpy()))
+                file.write(piece.numpy().data)
                 written += piece.numel()
             if written != tensor.n_bytes:
                 raise ValueError(f"{tensor.name}: {written} bytes were given, {tensor.n_bytes} announced")

@@ -38,7 +38,7 @@ class BoundedFile:
         self._check(offset, n_bytes, what)
         raw = torch.empty(n_bytes, dtype=torch.uint8)
         self._file.seek(offset)
-        if n_bytes and self._file.readinto(raw.numpy()) != n_bytes:
+        if n_bytes and self._file.readinto(raw.numpy().data) != n_bytes:
             raise BrokenFileError(f"{self.path}: became shorter while {what} was read. Is it still being written?")
         return raw
 

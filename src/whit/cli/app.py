@@ -7,13 +7,14 @@ the user can solve, 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from whit.errors import WhitError
 
@@ -32,13 +33,16 @@ VERBS = {
 
 
 class LazyVerbs(TyperGroup):
-    """A command group that imports a verb's module only when it is called."""
+    """A command group that imports a verb's module only when it is called.
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    Contexts and formatters are of classes that typer keeps to itself.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
         """The verbs, in the order of a first visit."""
         return list(VERBS)
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The verb's command, or None."""
         if cmd_name not in VERBS:
             return None
@@ -49,7 +53,7 @@ class LazyVerbs(TyperGroup):
         app.command(name=cmd_name, short_help=summary, context_settings=settings)(module.command)
         return typer.main.get_command(app)
 
-    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The overview, from the table alone."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in VERBS.items()])
@@ -88,12 +92,13 @@ def run(arguments: list[str]) -> int:
         print(f"whit: {error}", file=sys.stderr)
         return error.exit_status
     except typer.TyperException as error:
-        error.show()
+        verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
+        print(f"whit: {error.format_message()} See whit{verb} --help.", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that flushing at exit is quiet
         return 0
     if status == INTERRUPTED:  # typer turns Ctrl-C into this status by itself
         print("whit: interrupted; nothing half-written was left behind.", file=sys.stderr)

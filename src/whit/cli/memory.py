@@ -104,7 +104,7 @@ def command(
     lora_rank: Annotated[int, typer.Option(min=1, max=2**16, help="Rank of LoRA adapters on all matrices.")] = 16,
     json: Annotated[bool, typer.Option("--json", help="Exact figures with flat keys.")] = False,
 ) -> None:
-    """Forecast the bytes to store, run and train a model. A hub id is fetched into the local cache first."""
+    """Forecast the bytes to store, run and train a model. Of a hub model only headers are fetched."""
     if cache not in CACHE_TYPES:
         raise RecipeError(f"There is no cache type {cache!r}. Known: {', '.join(CACHE_TYPES)}.")
     given = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
@@ -115,7 +115,7 @@ def command(
         options = ", ".join(f"--{name.replace('_', '-')}" for name in overrides)
         raise RecipeError(f"{options}: {model} has a shape of its own; these are for a count such as 8B.")
     else:
-        subject = _from_model(open_model(model))
+        subject = _from_model(open_model(model, fetch=False))
     forecast = _forecast(subject, bits, context, batch, cache, lora_rank)
     if json:
         print(jsonlib.dumps(_flat(forecast), indent=2, allow_nan=False))

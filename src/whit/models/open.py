@@ -6,17 +6,18 @@ from pathlib import Path
 
 from whit.checkpoints.folder import open_folder, read_config
 from whit.checkpoints.gguf import GGUFFile
-from whit.checkpoints.hub import download, looks_like_hub_id
+from whit.checkpoints.hub import download, headers, looks_like_hub_id
 from whit.errors import ModelError
 from whit.models.architecture import from_gguf
 from whit.models.builtin import BUILTIN
 from whit.models.model import Model
 
 
-def open_model(text: str | Path) -> Model:
+def open_model(text: str | Path, fetch: bool = True) -> Model:
     """Open a model; only headers are read.
 
-    text  a built-in name, a path to a Hugging Face folder or a GGUF file, or a hub id
+    text   a built-in name, a path to a Hugging Face folder or a GGUF file, or a hub id
+    fetch  download a hub model into the local cache; otherwise only its headers, and its tensors cannot be read
     Raises ModelError (BrokenFileError, UnknownArchitectureError) with what to do.
     """
     name, path = str(text), Path(text).expanduser()
@@ -27,7 +28,7 @@ def open_model(text: str | Path) -> Model:
     if path.is_file():
         return _open_file(name, path)
     if looks_like_hub_id(name) and not path.parent.is_dir():
-        return _open_folder(name, download(name))
+        return _open_folder(name, download(name)) if fetch else Model(name, *headers(name))
     raise ModelError(
         f"{name}: no such file or folder. A model is a Hugging Face folder, a .gguf file, a hub id (owner/name) "
         f"or a built-in name ({', '.join(BUILTIN)})."

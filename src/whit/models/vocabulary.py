@@ -239,7 +239,7 @@ def _special_ids(
     ids = {}
     for name, key in SPECIALS.items():
         texts = [_text(source.get(name)) for source in (settings, mapped)]
-        candidates = [by_text.get(text) for text in texts if text]
+        candidates: list[Any] = [by_text.get(text) for text in texts if text]
         for source in (config, generation):
             value = source.get(f"{name}_id")
             candidates.append(value[0] if isinstance(value, list) and value else value)
