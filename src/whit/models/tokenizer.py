@@ -1,8 +1,9 @@
 """Text to token ids and back, for every model that can be opened.
 
 A tokenizer.json is used as it is. Everything else (a GGUF file, a SentencePiece model, GPT-2's pair of files) is
-first seen as GGUF metadata and built from there, so that a text is cut as llama.cpp cuts it. Only the `tokenizers`
-library is used: no code of a model is run, and nothing depends on transformers knowing the architecture.
+first seen as GGUF metadata and built from there, so that a text is cut as llama.cpp cuts it. The `tokenizers` library
+does the work: no code of a model is run, and nothing depends on transformers knowing the architecture. transformers
+only renders chat templates, in its sandbox.
 """
 
 from __future__ import annotations
@@ -12,21 +13,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from whit.errors import BrokenFileError, ModelError
 from whit.models.model import Model
-from whit.models.pretokenizers import pretokenizer_regexes
-from whit.models.vocabulary import PREFIX, SPACE, Kind, gguf_vocabulary
+from whit.models.pretokenizers import splitter_named
+from whit.models.vocabulary import PREFIX, SPACE, SPECIALS, Kind, chat_template, gguf_vocabulary, special_texts
+
+# Ids that llama.cpp takes where a file names none.
+_USUAL_IDS = {"gpt2": {"bos": 11, "eos": 11}, "llama": {"bos": 1, "eos": 2}}
 
 
 class Tokenizer:
-    """Encodes and decodes; makes no difference between where it came from."""
+    """Encodes and decodes; makes no difference between where it came from.
 
-    def __init__(self, backend: Backend) -> None:
+    backend         the tokenizer that does the work
+    template        chat template in Jinja, if the model has one
+    special_tokens  texts of bos_token, eos_token, ... for the template
+    """
+
+    def __init__(
+        self, backend: Backend, template: str | None = None, special_tokens: Mapping[str, str] | None = None
+    ) -> None:
         self._backend = backend
+        self._template = template
+        self._special_tokens = dict(special_tokens or {})
         backend.no_truncation()
         backend.no_padding()
 
@@ -43,6 +58,25 @@ class Tokenizer:
         """The text of token ids, special tokens left out."""
         return str(self._backend.decode(list(ids)))
 
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str | None:
+        """Messages as the text that the model answers to, special tokens written out; None without a template.
+
+        messages  {"role": "user", "content": "..."}, in order
+        Raises ModelError when the template refuses them.
+        """
+        if self._template is None:
+            return None
+        try:
+            texts, _ = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                chat_template=self._template,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except TemplateError as error:
+            raise ModelError(f"the model's chat template does not take these messages: {error}") from error
+        return str(texts[0])
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into an existing folder."""
         self._backend.save(str(folder / "tokenizer.json"))
@@ -50,15 +84,17 @@ class Tokenizer:
 
 def load_tokenizer(model: Model) -> Tokenizer:
     """The tokenizer of an opened model. Raises ModelError when there is none or its kind is not known."""
-    if model.tokenizer_dir is not None and (model.tokenizer_dir / "tokenizer.json").is_file():
-        path = model.tokenizer_dir / "tokenizer.json"
-        try:
-            return Tokenizer(Backend.from_file(str(path)))
-        except Exception as error:  # the library raises nothing more specific
-            raise BrokenFileError(f"{path}: cannot be read as a tokenizer ({error}).") from error
-    if model.tokenizer_dir is not None:
-        return Tokenizer(_from_metadata(gguf_vocabulary(model.tokenizer_dir, model.config), model.label))
-    return Tokenizer(_from_metadata(model.gguf_metadata, model.label))
+    folder = model.tokenizer_dir
+    if folder is None:
+        return _from_metadata(model.gguf_metadata, model.label)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _from_metadata(gguf_vocabulary(folder, model.config), model.label)
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise BrokenFileError(f"{path}: cannot be read as a tokenizer ({error}).") from error
+    return Tokenizer(backend, chat_template(folder), special_texts(folder))
 
 
 def save_tokenizer(model: Model, folder: Path) -> None:
@@ -67,51 +103,83 @@ def save_tokenizer(model: Model, folder: Path) -> None:
     Raises ModelError as `load_tokenizer` does.
     """
     load_tokenizer(model).save(folder)
-    metadata = model.gguf_metadata
-    tokens = metadata.get(PREFIX + "tokens", [])
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        number = metadata.get(f"{PREFIX}{key}_token_id")
-        if number is not None and number < len(tokens):
-            settings[name] = tokens[number]
-    if template := metadata.get("tokenizer.chat_template"):
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **_special_texts(model.gguf_metadata)}
+    if template := model.gguf_metadata.get("tokenizer.chat_template"):
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
-def _from_metadata(metadata: Mapping[str, Any], where: str) -> Backend:
+def _from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     kind, tokens = metadata.get(PREFIX + "model"), metadata.get(PREFIX + "tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise ModelError(
             f"{where}: has no tokenizer that can be read (kind {kind!r}; known: 'gpt2' for byte-level BPE, 'llama' for "
             "SentencePiece). Give the original model folder instead."
         )
-    kinds = [Kind(k) for k in metadata.get(PREFIX + "token_type", [Kind.NORMAL] * len(tokens))]
-    backend = _byte_level(metadata, tokens, where) if kind == "gpt2" else _sentencepiece(metadata, tokens, kinds)
-    for text, token_kind in zip(tokens, kinds, strict=True):
-        if token_kind is Kind.CONTROL:
-            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-        elif token_kind is Kind.USER_DEFINED:
-            backend.add_tokens([AddedToken(text, normalized=False)])
-    return backend
+    kinds = metadata.get(PREFIX + "token_type") or [Kind.NORMAL] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise BrokenFileError(f"{where}: has {len(tokens)} tokens but {len(kinds)} token types. Download it again.")
+    backend = _byte_level(metadata, tokens, where) if kind == "gpt2" else _sentencepiece(metadata, tokens, kinds, where)
+    by_kind: dict[int, list[str]] = {}
+    for text, number in zip(tokens, kinds, strict=True):
+        by_kind.setdefault(number, []).append(text)
+    special = by_kind.get(Kind.CONTROL, []) + by_kind.get(Kind.UNKNOWN, [])
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    backend.add_tokens([AddedToken(text, normalized=False) for text in by_kind.get(Kind.USER_DEFINED, [])])
+    _frame(backend, metadata, tokens, where)
+    return Tokenizer(backend, metadata.get("tokenizer.chat_template"), _special_texts(metadata))
+
+
+def _special_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    tokens = metadata.get(PREFIX + "tokens", [])
+    ids = {name: metadata.get(f"{PREFIX}{key}_token_id") for name, key in SPECIALS.items()}
+    return {name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)}
+
+
+def _frame(backend: Backend, metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> None:
+    """Put the tokens around a text that llama.cpp puts there: as the file says, else as is usual for its kind."""
+    kind = metadata[PREFIX + "model"]
+    usual = {
+        "bos": kind == "llama" or splitter_named(metadata.get(PREFIX + "pre", "default"), where).adds_bos,
+        "eos": False,
+    }
+    around = []
+    for key in ("bos", "eos"):
+        number = metadata.get(f"{PREFIX}{key}_token_id", _USUAL_IDS[kind][key])
+        adds = metadata.get(f"{PREFIX}add_{key}_token", usual[key])
+        around.append(tokens[number] if adds and number < len(tokens) else None)
+    first, last = around
+    if first is None and last is None:
+        return
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*([first] if first else []), "$A", *([last] if last else [])],
+        special_tokens=[(text, backend.token_to_id(text)) for text in dict.fromkeys(around) if text is not None],
+    )
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> Backend:
-    regexes, whole_words_first = pretokenizer_regexes(metadata.get(PREFIX + "pre", "default"), where)
+    splitter = splitter_named(metadata.get(PREFIX + "pre", "default"), where)
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get(PREFIX + "merges", [])]
-    backend = Backend(BPE(_ids(tokens), merges, ignore_merges=whole_words_first))
-    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in regexes]
+    try:
+        model = BPE(_ids(tokens), merges, ignore_merges=splitter.whole_words_first)
+    except Exception as error:  # the library raises nothing more specific
+        raise BrokenFileError(f"{where}: its merges do not fit its tokens ({error}). Download it again.") from error
+    backend = Backend(model)
+    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in splitter.regexes]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[Kind]) -> Backend:
-    ids, scores = _ids(tokens), metadata[PREFIX + "scores"]
-    unknown = next((text for text, kind in zip(tokens, kinds, strict=True) if kind is Kind.UNKNOWN), None)
+def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int], where: str) -> Backend:
+    scores = metadata.get(PREFIX + "scores") or []
+    if len(scores) != len(tokens):
+        raise BrokenFileError(f"{where}: has {len(tokens)} tokens but {len(scores)} scores. Download it again.")
+    ids = _ids(tokens)
+    unknown = next((text for text, kind in zip(tokens, kinds, strict=True) if kind == Kind.UNKNOWN), None)
     # A pair may be joined when its result is a token; the best score first. Ties: the earlier token.
-    ranked = sorted((i for i, kind in enumerate(kinds) if kind is Kind.NORMAL), key=lambda i: (-scores[i], i))
+    ranked = sorted((i for i, kind in enumerate(kinds) if kind == Kind.NORMAL), key=lambda i: (-scores[i], i))
     merges = [
         (tokens[i][:cut], tokens[i][cut:])
         for i in ranked
