@@ -31,6 +31,7 @@ check: install
 	$(BIN)/mypy
 
 bench: install
+	$(PIP) install -c constraints.txt -e '.[run,dev,plots]'
 	$(BIN)/python -m bench
 
 clean:

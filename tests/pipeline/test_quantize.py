@@ -1,9 +1,11 @@
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from bench.measure import run
 from safetensors.torch import load_file, save_file
 
 from llamacpp import llama_cpp_logits
@@ -13,6 +15,7 @@ from whit.checkpoints.gguf import GGUFFile
 from whit.layouts.ggml import GGML_TYPES
 from whit.models.open import open_model
 from whit.models.skeleton import load_module
+from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.quantize import predicted_bytes, write_gguf
 from whit.recipes.named import RECIPES, recipe_named
 from whit.recipes.recipe import Recipe, Rule
@@ -130,6 +133,25 @@ def test_metadata_say_what_the_file_is_and_where_it_is_from(llama: Path, tmp_pat
     assert metadata["general.quantized_by"].startswith("Whit ")
     assert metadata["whit.recipe"] == "q4_0: output.weight -> q8_0 by search, * -> q4_0 by search"
     assert metadata["tokenizer.ggml.tokens"]
+
+
+def test_smollm2_as_q8_0_predicts_in_llama_cpp_what_the_original_predicts(tmp_path: Path) -> None:
+    model = open_model("smollm2-135m")
+    write_gguf(model, recipe_named("q8_0"), tmp_path / "a.gguf")
+    tokens = load_tokenizer(model).encode("The capital of France is Paris, and the capital of Italy is Rome. " * 4)
+    with torch.no_grad():
+        expected = load_module(model)(torch.tensor([tokens])).logits[0]
+    found = torch.from_numpy(llama_cpp_logits(tmp_path / "a.gguf", tokens))
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+    log_p, log_q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+    assert (log_p.exp() * (log_p - log_q)).sum(-1).mean() < 0.03
+
+
+@pytest.mark.parametrize("recipe", ["q8_0", "f32"])
+def test_smollm2_is_converted_in_less_than_600_mb(tmp_path: Path, recipe: str) -> None:
+    whit = Path(sys.executable).with_name("whit")
+    used = run(whit, "quantize", "smollm2-135m", "--recipe", recipe, "-o", tmp_path / "a.gguf").peak_bytes
+    assert used < 600e6
 
 
 def test_progress_ends_at_the_total(llama: Path, tmp_path: Path) -> None:

@@ -28,10 +28,17 @@ def test_search_is_never_worse_than_nearest_in_any_group(name: str) -> None:
     assert searched.sum() < plain.sum()
 
 
+def test_without_importance_large_weights_matter_more() -> None:
+    W = heavy_tailed(16, 128)
+    own = group_errors(W, search(W, GRIDS["q4_0"]).dequantize(), W**2, 32).sum()
+    plain = group_errors(W, search(W, GRIDS["q4_0"], torch.ones(128)).dequantize(), W**2, 32).sum()
+    assert own < plain
+
+
 def test_search_finds_the_best_scale_of_a_small_group() -> None:
     grid = GRIDS["q4_0"]
     W = heavy_tailed(20, 32, seed=3)
-    found = ((search(W, grid).dequantize() - W) ** 2).sum(-1)
+    found = ((search(W, grid, torch.ones(32)).dequantize() - W) ** 2).sum(-1)
     largest = W.abs().amax(1, keepdim=True)
     fine = [{"scale": (largest * f).half()} for f in torch.linspace(-0.3, 0.3, 4001)]
     best = torch.stack([((grid.decode(grid.round(W, p), p) - W) ** 2).sum(-1) for p in fine]).amin(0)
@@ -42,7 +49,7 @@ def test_search_spends_precision_where_the_importance_is() -> None:
     W = heavy_tailed(16, 128)
     importance = torch.ones(128)
     importance[::16] = 1000
-    blind, aware = search(W, GRIDS["q4_0"]).dequantize(), search(W, GRIDS["q4_0"], importance).dequantize()
+    blind, aware = search(W, GRIDS["q4_0"], torch.ones(128)).dequantize(), search(W, GRIDS["q4_0"], importance).dequantize()
     important = slice(None, None, 16)
     assert ((aware - W)[:, important] ** 2).sum() < 0.7 * ((blind - W)[:, important] ** 2).sum()
 

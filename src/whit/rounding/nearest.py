@@ -4,8 +4,9 @@
               precision. That order is GGML's, so the bytes equal those of its reference encoders.
     search    parameters of least weighted squared error; codes nearest to what the decoder will see.
 
-Neither needs calibration data. `search` without weights minimises the plain squared error; given the mean
-squared activation of every input channel it minimises the first-order output error.
+Neither needs calibration data. Given the mean squared activation of every input channel, `search` minimises the
+first-order output error. Without, it weighs every error by the square of its weight: the plain squared error clips the
+largest weights, and they matter more than their share (docs/rounding.md has the numbers).
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ def search(W: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantized
     """Nearest level under searched parameters; never worse than `nearest` in weighted squared error of any group.
 
     W           [rows, cols] float32
-    importance  [cols] float32, non-negative; all ones when None
+    importance  [cols] float32, non-negative; when None, each weight's own square
     """
-    weights = torch.ones(W.shape[1]) if importance is None else importance.float()
-    return _by_rows(W, grid, lambda part: _searched(part, grid, weights))
+    given = None if importance is None else importance.float()
+    return _by_rows(W, grid, lambda part: _searched(part, grid, part.square() if given is None else given))
 
 
 def _plain(W: Tensor, grid: Grid) -> QuantizedTensor:
