@@ -27,6 +27,9 @@ from whit.models.vocabulary import PREFIX, SPACE, SPECIALS, Kind, chat_template,
 # Ids that llama.cpp takes where a file names none.
 _USUAL_IDS = {"gpt2": {"bos": 11, "eos": 11}, "llama": {"bos": 1, "eos": 2}}
 
+# llama.cpp drops white space after the special tokens of files with such a name, but for some tokens.
+_STRIPPING_NAMES, _NOT_STRIPPING = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
+
 
 class Tokenizer:
     """Encodes and decodes; makes no difference between where it came from.
@@ -124,8 +127,13 @@ def _from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     for text, number in zip(tokens, kinds, strict=True):
         by_kind.setdefault(number, []).append(text)
     special = by_kind.get(Kind.CONTROL, []) + by_kind.get(Kind.UNKNOWN, [])
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    backend.add_tokens([AddedToken(text, normalized=False) for text in by_kind.get(Kind.USER_DEFINED, [])])
+    strips = any(name in str(metadata.get("general.name", "")).lower() for name in _STRIPPING_NAMES)
+
+    def added(text: str) -> AddedToken:
+        return AddedToken(text, normalized=False, rstrip=strips and text not in _NOT_STRIPPING)
+
+    backend.add_special_tokens([added(text) for text in special])
+    backend.add_tokens([added(text) for text in by_kind.get(Kind.USER_DEFINED, [])])
     _frame(backend, metadata, tokens, where)
     return Tokenizer(backend, metadata.get("tokenizer.chat_template"), _special_texts(metadata))
 

@@ -2,8 +2,9 @@
 
 Two kinds cover the architectures that are known: byte-level BPE ("gpt2": tokens and merges) and SentencePiece BPE
 ("llama": tokens and scores). The files are read as they are; transformers is not needed and not imported.
-What llama.cpp cannot do is refused, with two exceptions that only change unusual text: it never composes Unicode
-(NFC), and after a special token it puts the space that some tokenizers put at the start of a text only.
+What llama.cpp cannot do is refused, with exceptions that only change unusual text: it never composes Unicode (NFC),
+and where a space is put before a text it puts one after special tokens and before other spaces too. White space after
+Phi-3's special tokens is dropped by files whose general.name contains "phi-3": no key of the file can say so.
 Source: the GGUF specification, tokenizer section; the tokenizer.json format of the `tokenizers` package.
 """
 
@@ -211,14 +212,15 @@ def _from_json(folder: Path) -> _Vocabulary:
 def _byte_level(tokenizer: Mapping[str, Any], where: str) -> _Vocabulary:
     vocabulary = _Vocabulary("gpt2")
     vocabulary.tokens = {i: (text, Kind.NORMAL, 0.0) for text, i in tokenizer["model"]["vocab"].items()}
-    vocabulary.extra = {"pre": pretokenizer_name(tokenizer, where), "merges": _merges(tokenizer["model"]["merges"])}
+    merges = _merges(tokenizer["model"]["merges"])
+    vocabulary.extra = {"pre": pretokenizer_name(tokenizer, where), "merges": merges, "add_space_prefix": False}
     return vocabulary
 
 
 def _legacy(folder: Path, settings: Mapping[str, Any]) -> _Vocabulary:
     lines = _text_of(folder / "merges.txt").split("\n")
     merges = [line for line in (line.rstrip("\r") for line in lines) if line and not line.startswith("#version")]
-    vocabulary = _Vocabulary("gpt2", extra={"pre": "gpt-2", "merges": merges})
+    vocabulary = _Vocabulary("gpt2", extra={"pre": "gpt-2", "merges": merges, "add_space_prefix": False})
     vocabulary.tokens = {i: (text, Kind.NORMAL, 0.0) for text, i in read_json(folder / "vocab.json").items()}
     named = {_content(settings.get(name)) for name in SPECIALS} | {"<|endoftext|>"}
     for i, (text, _, score) in vocabulary.tokens.items():
