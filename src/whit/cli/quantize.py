@@ -28,7 +28,7 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Make a model smaller: write a GGUF file by a recipe."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     chosen = recipe_named(recipe, rounding)
     opened = open_model(model)
     with progress_bar("quantizing") as progress:
