@@ -48,7 +48,7 @@ def test_metadata_alone_give_the_tokenizer_of_the_folder(family: str, tmp_path: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(texts=st.lists(st.lists(st.sampled_from(PIECES) | st.characters(codec="latin-1")), min_size=50, max_size=200))
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_text_is_cut_as_llama_cpp_cuts_it(
     family: str, tmp_path_factory: pytest.TempPathFactory, texts: list[list[str]]
 ) -> None:

@@ -304,5 +304,6 @@ def test_a_tokenizer_with_missing_parts_is_refused(content: dict[str, Any], tmp_
         gguf_vocabulary(tmp_path, CONFIG)
 
 
-def test_a_file_without_vocabulary_says_so() -> None:
-    assert no_vocabulary() == {"tokenizer.ggml.model": "none"}
+def test_llama_cpp_loads_a_file_that_says_it_has_no_vocabulary(tmp_path: Path) -> None:
+    file = write_vocabulary(no_vocabulary() | {"llama.vocab_size": 10}, tmp_path / "none.gguf")
+    assert llama_cpp_tokens(file, []) == []
