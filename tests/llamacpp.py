@@ -49,7 +49,7 @@ def llama_cpp_tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
 
 def _in_a_process(*arguments: str, stdin: str = "") -> str:
     command = [sys.executable, __file__, *arguments]
-    process = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, input=stdin, capture_output=True, text=True, errors="replace", check=False)
     if process.returncode != 0:
         raise LlamaCppError(process.stderr)
     return process.stdout

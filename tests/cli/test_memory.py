@@ -80,7 +80,7 @@ N_PARAMETERS = 64_000 + 4096 + 8192 + 8192 + 64
 def model(monkeypatch: pytest.MonkeyPatch) -> str:
     """A model that opens under its name."""
     made = Model("tiny", CONFIG, Headers(SHAPES), n_bytes=200_000)
-    monkeypatch.setattr(memory, "open_model", lambda text: made)
+    monkeypatch.setattr(memory, "open_model", lambda text, fetch: made)
     return "tiny"
 
 
@@ -266,5 +266,5 @@ def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_without_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "open_model", lambda text: Model("empty", CONFIG, Headers({}), 0))
+    monkeypatch.setattr(memory, "open_model", lambda text, fetch: Model("empty", CONFIG, Headers({}), 0))
     assert isinstance(CliRunner().invoke(app, ["empty"]).exception, ModelError)

@@ -49,7 +49,10 @@ def test_search_spends_precision_where_the_importance_is() -> None:
     W = heavy_tailed(16, 128)
     importance = torch.ones(128)
     importance[::16] = 1000
-    blind, aware = search(W, GRIDS["q4_0"], torch.ones(128)).dequantize(), search(W, GRIDS["q4_0"], importance).dequantize()
+    blind, aware = (
+        search(W, GRIDS["q4_0"], torch.ones(128)).dequantize(),
+        search(W, GRIDS["q4_0"], importance).dequantize(),
+    )
     important = slice(None, None, 16)
     assert ((aware - W)[:, important] ** 2).sum() < 0.7 * ((blind - W)[:, important] ** 2).sum()
 
