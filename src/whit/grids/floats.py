@@ -46,7 +46,7 @@ class Float:
         """No parameters."""
         return {}
 
-    def search(self, W: Tensor, weights: Tensor) -> Params:
+    def search(self, W: Tensor, weights: Tensor | None) -> Params:
         """No parameters, so nothing to search."""
         return {}
 

@@ -63,10 +63,10 @@ class Grid(Protocol):
         """Parameters from the range of each block, before they are rounded to their stored dtype."""
         ...
 
-    def search(self, W: Tensor, weights: Tensor) -> Params:
+    def search(self, W: Tensor, weights: Tensor | None) -> Params:
         """Stored parameters that make sum(weights * (W - decoded)^2) small in every block.
 
-        weights  broadcastable to W, non-negative: the importance of each weight
+        weights  broadcastable to W, non-negative: the importance of each weight; None for what suits the grid
         """
         ...
 

@@ -122,11 +122,15 @@ class Scaled:
         scale = (high - low) / self.levels.high
         return {"scale": scale, "zero": (-low * _inverse(scale)).round_()}
 
-    def search(self, W: Tensor, weights: Tensor) -> Params:
+    def search(self, W: Tensor, weights: Tensor | None) -> Params:
         """Stored parameters of least weighted squared error among candidates around `fit` (search.py).
 
-        Never worse than nearest rounding with the parameters of `fit`, in every group.
+        Never worse than nearest rounding with the parameters of `fit`, in every group. Without weights, errors weigh
+        the square of their weight where there is no offset: the plain squared error would clip the largest weights,
+        which matter more than their share. With an offset all errors weigh the same. Both are measured choices.
         """
+        if weights is None:
+            weights = W.square() if self.offset is Offset.NONE else torch.ones_like(W)
         x, importance = self._blocks(W), self._blocks(weights.expand_as(W))
         start = self.fit(W)
         if self.offset is Offset.NONE:

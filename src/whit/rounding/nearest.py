@@ -5,8 +5,7 @@
     search    parameters of least weighted squared error; codes nearest to what the decoder will see.
 
 Neither needs calibration data. Given the mean squared activation of every input channel, `search` minimises the
-first-order output error. Without, it weighs every error by the square of its weight: the plain squared error clips the
-largest weights, and they matter more than their share (docs/rounding.md has the numbers).
+first-order output error. Without, the grid chooses the weights (docs/rounding.md has the numbers).
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ def search(W: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantized
     """Nearest level under searched parameters; never worse than `nearest` in weighted squared error of any group.
 
     W           [rows, cols] float32
-    importance  [cols] float32, non-negative; when None, each weight's own square
+    importance  [cols] float32, non-negative; when None, what the grid does best without
     """
     given = None if importance is None else importance.float()
-    return _by_rows(W, grid, lambda part: _searched(part, grid, part.square() if given is None else given))
+    return _by_rows(W, grid, lambda part: _searched(part, grid, given))
 
 
 def _plain(W: Tensor, grid: Grid) -> QuantizedTensor:
@@ -58,7 +57,7 @@ def _plain(W: Tensor, grid: Grid) -> QuantizedTensor:
     return QuantizedTensor(grid, _shape(W), grid.round(W, exact), grid.store(exact))
 
 
-def _searched(W: Tensor, grid: Grid, weights: Tensor) -> QuantizedTensor:
+def _searched(W: Tensor, grid: Grid, weights: Tensor | None) -> QuantizedTensor:
     params = grid.search(W, weights)
     return QuantizedTensor(grid, _shape(W), grid.round(W, params), params)
 
