@@ -18,7 +18,7 @@ from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.quantize import write_gguf
 from whit.recipes.named import recipe_named
 
-WINDOWS = 8
+WINDOWS = 16
 RECIPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 

@@ -28,13 +28,6 @@ def test_search_is_never_worse_than_nearest_in_any_group(name: str) -> None:
     assert searched.sum() < plain.sum()
 
 
-def test_without_importance_large_weights_matter_more() -> None:
-    W = heavy_tailed(16, 128)
-    own = group_errors(W, search(W, GRIDS["q4_0"]).dequantize(), W**2, 32).sum()
-    plain = group_errors(W, search(W, GRIDS["q4_0"], torch.ones(128)).dequantize(), W**2, 32).sum()
-    assert own < plain
-
-
 def test_search_finds_the_best_scale_of_a_small_group() -> None:
     grid = GRIDS["q4_0"]
     W = heavy_tailed(20, 32, seed=3)

@@ -23,7 +23,10 @@ def command(
     recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write.")],
     rounding: Annotated[
-        str, typer.Option(help=f"One of: {', '.join(ROUNDINGS)}. `search` takes half a minute per 100M weights, and mostly loses less.")
+        str,
+        typer.Option(
+            help=f"One of: {', '.join(ROUNDINGS)}. `search` takes half a minute per 100M weights and gains a little."
+        ),
     ] = "nearest",
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:

@@ -66,7 +66,7 @@ class Grid(Protocol):
     def search(self, W: Tensor, weights: Tensor | None) -> Params:
         """Stored parameters that make sum(weights * (W - decoded)^2) small in every block.
 
-        weights  broadcastable to W, non-negative: the importance of each weight; None for what suits the grid
+        weights  broadcastable to W, non-negative: the importance of each weight; None for all the same
         """
         ...
 

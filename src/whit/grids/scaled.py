@@ -125,12 +125,10 @@ class Scaled:
     def search(self, W: Tensor, weights: Tensor | None) -> Params:
         """Stored parameters of least weighted squared error among candidates around `fit` (search.py).
 
-        Never worse than nearest rounding with the parameters of `fit`, in every group. Without weights, errors weigh
-        the square of their weight where there is no offset: the plain squared error would clip the largest weights,
-        which matter more than their share. With an offset all errors weigh the same. Both are measured choices.
+        Never worse than nearest rounding with the parameters of `fit`, in every group. Without weights
+        all errors weigh the same.
         """
-        if weights is None:
-            weights = W.square() if self.offset is Offset.NONE else torch.ones_like(W)
+        weights = torch.ones_like(W) if weights is None else weights
         x, importance = self._blocks(W), self._blocks(weights.expand_as(W))
         start = self.fit(W)
         if self.offset is Offset.NONE:

@@ -5,7 +5,7 @@
     search    parameters of least weighted squared error; codes nearest to what the decoder will see.
 
 Neither needs calibration data. Given the mean squared activation of every input channel, `search` minimises the
-first-order output error. Without, the grid chooses the weights (docs/rounding.md has the numbers).
+first-order output error. Without, it minimises the plain squared error, which helps less than it seems it should.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def search(W: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantized
     """Nearest level under searched parameters; never worse than `nearest` in weighted squared error of any group.
 
     W           [rows, cols] float32
-    importance  [cols] float32, non-negative; when None, what the grid does best without
+    importance  [cols] float32, non-negative; all the same when None
     """
     given = None if importance is None else importance.float()
     return _by_rows(W, grid, lambda part: _searched(part, grid, given))
