@@ -29,17 +29,22 @@ def main() -> None:
         mine = sorted((p for p in points if p["by"] == by), key=lambda p: (p["bytes"], p["kl"]))
         size = 70 if by == "llama.cpp" else 28
         axes.scatter(
-            [p["bytes"] / 1e6 for p in mine], [p["kl"] for p in mine], size, colour, marker, label=label, zorder=3
+            [p["bytes"] / 1e6 for p in mine],
+            [p["kl"] for p in mine],
+            size,
+            colour,
+            marker=marker,
+            label=label,
+            zorder=3,
         )
     for recipe in {p["recipe"] for p in points}:
         best = min((p for p in points if p["recipe"] == recipe), key=lambda p: p["kl"])
-        side = -1 if recipe == "q4_0" else 1
         axes.annotate(
             recipe,
             (best["bytes"] / 1e6, best["kl"]),
-            (7 * side, -4),
+            (8, -2),
             textcoords="offset points",
-            ha="left" if side > 0 else "right",
+            ha="left",
             va="top",
         )
     axes.set(
@@ -48,6 +53,7 @@ def main() -> None:
         ylabel="mean KL divergence from the original, nats",
         title="SmolLM2-135M: what is lost at which size (lower left is better)",
     )
+    axes.margins(0.12)
     axes.grid(which="major", alpha=0.4)
     axes.legend(frameon=False)
     IMAGES.mkdir(exist_ok=True)
