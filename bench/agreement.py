@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.measure import run
 from bench.models import float_gguf
 from bench.peers import WORK, llama_cpp
-from whit.evaluation.text import default_text
+from whit.calibration.text import default_text
 
 WINDOWS = 16
 

@@ -10,9 +10,9 @@ import torch
 from bench.measure import run
 from bench.models import MODEL, float_gguf
 from bench.peers import WORK, llama_cpp
+from whit.calibration.text import default_text, windows
 from whit.checkpoints.gguf import GGUFFile
 from whit.evaluation.compare import compare_states, final_states
-from whit.evaluation.text import default_text, windows
 from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.quantize import write_gguf

@@ -29,7 +29,7 @@ def write(path: Path, values: dict[str, torch.Tensor] | None = None, metadata: d
     announced = [Announced(name, tuple(tensor.shape), "F32") for name, tensor in values.items()]
     writer = GGUFWriter(metadata, announced)
     with path.open("wb") as file:
-        writer.write(file, ([tensor.reshape(-1).view(torch.uint8)] for tensor in values.values()))
+        writer.write(file, ((name, [tensor.reshape(-1).view(torch.uint8)]) for name, tensor in values.items()))
     assert path.stat().st_size == writer.n_bytes
     return path
 
@@ -156,7 +156,7 @@ def test_one_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
 def test_pieces_must_add_up_to_what_was_announced() -> None:
     writer = GGUFWriter({}, [Announced("w", (2, 2), "F32")])
     with pytest.raises(ValueError, match="w: 8 bytes were given, 16 announced"):
-        writer.write(io.BytesIO(), [[torch.zeros(8, dtype=torch.uint8)]])
+        writer.write(io.BytesIO(), [("w", [torch.zeros(8, dtype=torch.uint8)])])
 
 
 @pytest.mark.parametrize("value", [None, {}, [], [1, "a"], object()])

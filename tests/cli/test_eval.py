@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from llamacpp import llama_cpp_logits
 from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
+from whit.calibration.text import default_text, windows
 from whit.cli.eval import DEFAULT_WINDOWS, command
 from whit.errors import ModelError, TextError
-from whit.evaluation.text import default_text, windows
 from whit.models.builtin import SMOLLM2
 from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer

@@ -235,30 +235,35 @@ class GGUFWriter:
         out = bytearray(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(kept)))
         for key, value in kept.items():
             out += _string(key) + _value(key, value, (types or {}).get(key) or natural_type(key, value))
-        offset = 0
+        offset, self._offsets = 0, dict[str, int]()
         for tensor in tensors:
             out += _string(tensor.name) + struct.pack("<I", len(tensor.shape))
             out += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
             out += struct.pack("<IQ", GGML_TYPES[tensor.dtype].number, offset)
+            self._offsets[tensor.name] = offset
             offset += _padded(tensor.n_bytes, DEFAULT_ALIGNMENT)
         self._header = bytes(out).ljust(_padded(len(out), DEFAULT_ALIGNMENT), b"\0")
-        self._tensors = tensors
+        self._tensors = {tensor.name: tensor for tensor in tensors}
         self.n_bytes = len(self._header) + offset
 
-    def write(self, file: BinaryIO, data: Iterable[Iterable[Tensor]]) -> None:
-        """Write everything; `data` gives for each announced tensor its pieces as flat uint8 tensors.
+    def write(self, file: BinaryIO, data: Iterable[tuple[str, Iterable[Tensor]]]) -> None:
+        """Write everything; `data` gives every announced tensor's name and pieces (flat uint8), in any order.
 
-        Raises ValueError when the pieces do not add up to the announced bytes.
+        Raises ValueError when a tensor is missing or its pieces do not add up to the announced bytes.
         """
         file.write(self._header)
-        for tensor, pieces in zip(self._tensors, data, strict=True):
-            written = 0
+        missing = dict(self._tensors)
+        for name, pieces in data:
+            tensor, written = missing.pop(name), 0
+            file.seek(len(self._header) + self._offsets[name])
             for piece in pieces:
                 file.write(piece.numpy().data)
                 written += piece.numel()
             if written != tensor.n_bytes:
-                raise ValueError(f"{tensor.name}: {written} bytes were given, {tensor.n_bytes} announced")
+                raise ValueError(f"{name}: {written} bytes were given, {tensor.n_bytes} announced")
             file.write(b"\0" * (_padded(written, DEFAULT_ALIGNMENT) - written))
+        if missing:
+            raise ValueError(f"announced but not given: {', '.join(missing)}")
 
 
 def natural_type(key: str, value: Any) -> GGUFType:

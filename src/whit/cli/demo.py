@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from whit.calibration.text import default_text, windows
 from whit.cli.eval import DEFAULT_WINDOWS
 from whit.cli.progress import progress_bar
 from whit.evaluation.compare import FinalStates, compare_states, final_states
 from whit.evaluation.divergence import Comparison
-from whit.evaluation.text import default_text, windows
 from whit.models.builtin import SMOLLM2
 from whit.models.model import Model
 from whit.models.open import open_model

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from whit.calibration.text import WINDOW, Text, default_text, read_text, windows
 from whit.cli.progress import progress_bar
 from whit.evaluation.compare import compare, scored
 from whit.evaluation.divergence import Comparison
-from whit.evaluation.text import WINDOW, Text, default_text, read_text, windows
 from whit.models.model import Model
 from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer

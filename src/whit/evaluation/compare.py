@@ -48,7 +48,7 @@ class FinalStates:
 def compare(candidate: Model, reference: Model, windows: Tensor, progress: Progress | None = None) -> Comparison:
     """Measure how far `candidate` is from `reference` on a text.
 
-    windows   [windows, length] int64   token ids, as `whit.evaluation.text.windows` cuts them
+    windows   [windows, length] int64   token ids, as `whit.calibration.text.windows` cuts them
     progress  told (steps done, steps in all, what)
     Raises ModelError when the models cannot be loaded or do not share a vocabulary, BadWeightsError when logits are
     not finite, TextError when the windows do not fit the models.

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from whit.grids.levels import Levels
+
 Params = Mapping[str, Tensor]
 
 
@@ -80,4 +82,34 @@ class Grid(Protocol):
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """[rows, cols] float32, in the operation order of the runtimes' own decoders."""
+        ...
+
+
+class Adaptive(Grid, Protocol):
+    """A grid that error feedback and polish can work on: its blocks are choices that may wait for each other."""
+
+    @property
+    def levels(self) -> Levels:
+        """The level set that all inner spans share."""
+        ...
+
+    def effective(self, params: Params) -> tuple[Tensor, Tensor | None]:
+        """Per inner span [rows, cols // inner], float32: scale and offset, value = scale * level + offset."""
+        ...
+
+    def late(self, W: Tensor, weights: Tensor, params: Params, inner: int) -> Params:
+        """The parameters with those of one inner span chosen again, the outer ones fixed.
+
+        W        [rows, inner width], what this span should hold by now
+        weights  broadcastable to W
+        params   of one outer span
+        Never worse than `params` in weighted squared error of any row.
+        """
+        ...
+
+    def bases(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        """For every float parameter [rows, outer spans] the [rows, cols] factor that it is multiplied with.
+
+        decoded = sum over parameters of the parameter, repeated over its outer span, times its basis.
+        """
         ...

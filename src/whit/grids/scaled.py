@@ -156,6 +156,27 @@ class Scaled:
         """[rows, cols] float32."""
         return self.decode_blocks(self._blocks(codes), params).view(codes.shape)
 
+    def effective(self, params: Params) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset [rows, groups] float32."""
+        scale = params["scale"].float()
+        if self.offset is Offset.ZERO_POINT:
+            return scale, -scale * params["zero"].float()
+        return scale, params["minimum"].float() if self.offset is Offset.MINIMUM else None
+
+    def late(self, W: Tensor, weights: Tensor, params: Params, inner: int) -> Params:
+        """The same parameters: with one level of scales nothing is left to choose."""
+        return params
+
+    def bases(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        """The levels for the scale (less the zero point), ones for the minimum."""
+        levels = self.levels.values(codes)
+        if self.offset is Offset.ZERO_POINT:
+            blocks = self._blocks(levels) - params["zero"].float()[..., None]
+            return {"scale": blocks.view(codes.shape)}
+        if self.offset is Offset.MINIMUM:
+            return {"scale": levels, "minimum": torch.ones_like(levels)}
+        return {"scale": levels}
+
     def round_blocks(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """As `round`, on weights [n_rows, n_groups, size] and parameters [n_rows, n_groups]."""
         inverse = _inverse(params["scale"].float())[..., None]

@@ -109,7 +109,7 @@ def passthrough_view(metadata: Mapping[str, Any], tensors: TensorSource) -> GGUF
     return GGUFView(_graph(metadata), kept, tuple(_as_is(name, tensors) for name in tensors.names()))
 
 
-def from_gguf(metadata: Mapping[str, Any], tensors: TensorSource) -> tuple[dict[str, Any], TensorSource]:
+def from_gguf(metadata: Mapping[str, Any], tensors: TensorSource) -> tuple[dict[str, Any], FromGGUF]:
     """The transformers side of a GGUF file: config.json and tensors under the names on disk, read lazily.
 
     metadata  keys of the file; values may be numpy scalars
@@ -125,7 +125,7 @@ def from_gguf(metadata: Mapping[str, Any], tensors: TensorSource) -> tuple[dict[
     config = _config_from(table, stored)
     facts = table.facts(config)
     dims = table.dims(facts)
-    return config, _FromGGUF(table, stored, _stored_weights(table, facts, stored), dims)
+    return config, FromGGUF(table, stored, _stored_weights(table, facts, stored), dims)
 
 
 def _graph(metadata: Mapping[str, Any]) -> str:
@@ -308,10 +308,12 @@ class _Folder:
 
 
 @dataclass(frozen=True)
-class _Origin:
-    """Where a tensor on disk is found in a GGUF file: rows `start` to `start + n` of `gguf`.
+class Origin:
+    """Where a tensor on disk is found in a GGUF file: rows (or experts) `start` to `start + n` of `gguf`.
 
-    shape  its shape on disk
+    weight  its line in the table
+    block   the block that it belongs to
+    shape   its shape on disk
     """
 
     weight: Weight
@@ -322,12 +324,12 @@ class _Origin:
     shape: Shape
 
 
-class _FromGGUF:
+class FromGGUF:
     """GGUF tensors under the names that transformers gives them on disk."""
 
     def __init__(self, table: Architecture, stored: Stored, weights: Sequence[Weight], dims: Dims) -> None:
-        self._source, self._dims = stored.tensors, dims
-        self._origins: dict[str, _Origin] = {}
+        self._source, self._dims, self.module_names = stored.tensors, dims, table.module_names
+        self._origins: dict[str, Origin] = {}
         self._last: tuple[str, Tensor] | None = None  # a stack of experts is decoded once, not once per expert
         there, used, missing = set(stored.tensors.names()), set[str](), list[str]()
         for weight, block in (pair for stage in _stages(weights, dims["layers"]) for pair in stage):
@@ -349,6 +351,10 @@ class _FromGGUF:
         """Names on disk, in the order of the GGUF file."""
         return list(self._origins)
 
+    def origin(self, name: str) -> Origin:
+        """Where the tensor that is called `name` on disk is found. Raises KeyError for an unknown name."""
+        return self._origins[name]
+
     def info(self, name: str) -> TensorInfo:
         """Shape on disk; type and share of the bytes of the GGUF tensor."""
         origin = self._origins[name]
@@ -366,20 +372,20 @@ class _FromGGUF:
         shared = origin.weight.of_experts or W.untyped_storage().nbytes() > W.numel() * W.element_size()
         return W.clone() if shared else W  # never a view into a larger tensor
 
-    def _pieces(self, weight: Weight, name: str, block: int) -> Iterable[tuple[str, _Origin]]:
+    def _pieces(self, weight: Weight, name: str, block: int) -> Iterable[tuple[str, Origin]]:
         shapes = weight.piece_shapes(self._dims)
         if weight.of_experts:
             shape = weight.change.disk_shape(shapes[0], self._dims)
             for expert in range(self._dims["experts"]):
-                yield weight.disk[0].format(i=block, e=expert), _Origin(weight, name, block, expert, 1, shape)
+                yield weight.disk[0].format(i=block, e=expert), Origin(weight, name, block, expert, 1, shape)
             return
         start = 0
         for disk, rows in zip(weight.disk, shapes, strict=True):
             shape = weight.change.disk_shape(rows, self._dims)
-            yield disk.format(i=block), _Origin(weight, name, block, start, rows[0], shape)
+            yield disk.format(i=block), Origin(weight, name, block, start, rows[0], shape)
             start += rows[0]
 
-    def _stack(self, origin: _Origin) -> Tensor:
+    def _stack(self, origin: Origin) -> Tensor:
         if not origin.weight.of_experts:
             return self._source.read(origin.gguf)
         if self._last is None or self._last[0] != origin.gguf:

@@ -182,6 +182,7 @@ MIXTRAL = replace(
         HEAD,
     ),
     renames=(*BARE_MODEL, (r"\.mlp\.gate\.", ".block_sparse_moe.gate.")),
+    module_names=((r"\.block_sparse_moe\.gate\.", ".mlp.gate."),),
     recognises=_is_mixture,
 )
 

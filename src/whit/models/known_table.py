@@ -200,6 +200,7 @@ class Architecture:
     head        the last weight: "optional" may be tied, "required" is written even when tied, "never" must be tied
     renames     (pattern, replacement) that turn other spellings on disk into the names of the table
     ignored     patterns of tensors on disk that carry no information
+    module_names  (pattern, replacement) that turn names on disk into those of transformers' parameters
     recognises  whether a GGUF file of this graph is this architecture
     """
 
@@ -213,6 +214,7 @@ class Architecture:
     head: Literal["optional", "required", "never"] = "optional"
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    module_names: tuple[tuple[str, str], ...] = ()
     recognises: Callable[[Stored], bool] = lambda stored: True
 
     def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,11 +82,11 @@ def load_module(model: Model, dtype: torch.dtype = torch.float32) -> nn.Module:
     left over (all are named), BadWeightsError for NaN, infinite or wrongly shaped weights, ModelError for a
     configuration that transformers rejects or a folder that is already quantized.
     """
-    config, cls = _config_and_class(model)
+    config, cls = config_and_class(model)
     errors = _Errors()
     promises = {name: _Promise(name, model.tensors, model.label, errors) for name in model.tensors.names()}
     try:
-        with _quiet():
+        with quiet():
             module, report = cls.from_pretrained(
                 None,
                 config=config,
@@ -166,7 +166,11 @@ class _PassThrough(nn.Module):
         return self._output(last_hidden_state=inputs_embeds)
 
 
-def _config_and_class(model: Model) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+def config_and_class(model: Model) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """transformers' configuration and causal model class for `model`.
+
+    Raises UnknownArchitectureError when there is none, ModelError for a configuration that transformers rejects.
+    """
     settings = dict(model.config)
     model_type = settings.get("model_type")
     quantized = settings.get("quantization_config")
@@ -226,7 +230,7 @@ def _named(names: set[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' bars and reports off the terminal, then put its switches back."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)

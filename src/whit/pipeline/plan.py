@@ -16,6 +16,7 @@ from whit.grids.named import GRIDS, grid_named
 from whit.layouts.ggml import GGMLType, ggml_type_of
 from whit.models.architecture import GGUFTensor, GGUFView
 from whit.recipes.recipe import Recipe
+from whit.rounding.methods import METHODS
 
 FLOAT_GRIDS = ("f32", "f16", "bf16")
 FALLBACK = "f16"  # for rows that no block type divides; documented in docs/formats.md
@@ -38,6 +39,11 @@ class Step:
     rounding: str
     exception: str = ""
     stored: Callable[[], Tensor] | None = None
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the rounding looks at what arrives at the layer."""
+        return self.stored is None and self.rounding in METHODS
 
     @property
     def announced(self) -> Announced:
@@ -87,7 +93,8 @@ def _step(
     elif tensor.shape[-1] % wanted.block:
         exception = f"rows of {tensor.shape[-1]} weights do not divide into {wanted.name} blocks of {wanted.block}"
         wanted = _type(FALLBACK)
-    return Step(tensor, wanted, rule.rounding, exception, stored(tensor.name, wanted.name))
+    rounding = "nearest" if wanted.name.lower() in FLOAT_GRIDS else rule.rounding
+    return Step(tensor, wanted, rounding, exception, stored(tensor.name, wanted.name))
 
 
 def _names(view: GGUFView, tensor: GGUFTensor) -> list[str]:

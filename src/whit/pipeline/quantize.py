@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,18 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from whit.checkpoints.atomic import whole_file
 from whit.checkpoints.gguf import GGUFWriter
-from whit.errors import BadWeightsError, ModelError
-from whit.models.architecture import GGUFTensor, GGUFView, gguf_view, passthrough_view
+from whit.errors import ModelError
+from whit.models.architecture import GGUFView, gguf_view, passthrough_view
 from whit.models.model import Model
 from whit.models.vocabulary import gguf_vocabulary
-from whit.pipeline.plan import FILE_TYPES, Plan, Step, make_plan
+from whit.pipeline.calibrated import CalibratedRun, Calibration, TensorLoss
+from whit.pipeline.plain import plain_bytes
+from whit.pipeline.plan import FILE_TYPES, Plan, make_plan
 from whit.recipes.recipe import Recipe
-from whit.rounding.nearest import rounding_named, slices
 
 Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
 
@@ -33,12 +32,14 @@ class Result:
     path, n_bytes  the file and its size
     plan           what every tensor became, with the reasons for exceptions
     seconds        wall time
+    losses         what each calibrated tensor lost, in the order in which they were rounded
     """
 
     path: Path
     n_bytes: int
     plan: Plan
     seconds: float
+    losses: tuple[TensorLoss, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -47,10 +48,16 @@ class Result:
 
 
 def write_gguf(
-    model: Model, recipe: Recipe, path: Path, overwrite: bool = False, progress: Progress | None = None
+    model: Model,
+    recipe: Recipe,
+    path: Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> Result:
     """Quantize `model` by `recipe` into a GGUF file at `path`.
 
+    calibration  text and effort; needed when a rounding of the recipe looks at what arrives at a layer
     Raises ModelError for weights or tokenizers that cannot be used, OutputError when the file exists (without
     `overwrite`) or cannot be written. On any failure nothing is left at `path` that was not there before.
     """
@@ -58,8 +65,16 @@ def write_gguf(
     plan = plan_gguf(model, recipe)
     writer = _writer(model, plan)
     with whole_file(path, writer.n_bytes, overwrite) as file:
-        writer.write(file, _all_bytes(plan, progress))
-    return Result(path, writer.n_bytes, plan, time.perf_counter() - started)
+        if any(step.needs_moments for step in plan.steps):
+            if calibration is None:
+                raise ValueError(f"recipe {recipe.name} needs a calibration text")
+            streamed = CalibratedRun(model, _view(model), plan.steps, calibration, progress)
+            writer.write(file, streamed.tensors())
+            losses = tuple(streamed.losses)
+        else:
+            writer.write(file, _all_bytes(plan, progress))
+            losses = ()
+    return Result(path, writer.n_bytes, plan, time.perf_counter() - started, losses)
 
 
 def plan_gguf(model: Model, recipe: Recipe) -> Plan:
@@ -118,43 +133,15 @@ def _file_type(plan: Plan) -> int:
     return FILE_TYPES[named]
 
 
-def _all_bytes(plan: Plan, progress: Progress | None) -> Iterator[Iterator[Tensor]]:
+def _all_bytes(plan: Plan, progress: Progress | None) -> Iterator[tuple[str, Iterator[Tensor]]]:
     total, done = sum(step.announced.n_bytes for step in plan.steps), 0
     for step in plan.steps:
         if progress:
             progress(done, total, step.tensor.name)
-        yield _bytes(step)
+        yield step.tensor.name, plain_bytes(step)
         done += step.announced.n_bytes
     if progress:
         progress(total, total, "done")
-
-
-def _bytes(step: Step) -> Iterator[Tensor]:
-    """The bytes of one tensor: one part per expert, each in slices of rows, because GGML's blocks never span rows."""
-    if step.stored is not None:
-        yield step.stored()
-        return
-    rounding = rounding_named(step.rounding)
-    for part in step.tensor.parts:
-        W = part.read()
-        W = W.reshape(-1, W.shape[-1])  # [rows, cols]
-        for rows in slices(W):
-            _check_finite(step.tensor, rows, W)
-            try:
-                yield step.kind.pack(rounding(rows.float(), step.kind.grid))
-            except OverflowError as error:
-                raise BadWeightsError(
-                    f"{step.tensor.name}: {error}, so {step.kind.name} cannot hold it. Use bf16 or f32 for this tensor."
-                ) from None
-
-
-def _check_finite(tensor: GGUFTensor, rows: Tensor, W: Tensor) -> None:
-    low, high = rows.aminmax()  # one pass; NaN comes through
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-        count = int((~torch.isfinite(W)).sum())
-        raise BadWeightsError(
-            f"{tensor.name}: {count} of {W.numel()} weights are NaN or infinite. The model is damaged; get it again."
-        )
 
 
 def _size_label(n_weights: int) -> str:

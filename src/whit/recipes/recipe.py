@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from whit.errors import RecipeError
 from whit.grids.named import grid_named
-from whit.rounding.nearest import rounding_named
+from whit.rounding.methods import check_rounding
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         grid_named(self.grid)
-        rounding_named(self.rounding)
+        check_rounding(self.rounding)
 
     def __str__(self) -> str:
         return f"{self.pattern} -> {self.grid} by {self.rounding}"

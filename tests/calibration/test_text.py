@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from whit.calibration.text import Text, default_text, documentation_text, read_text, windows
 from whit.errors import TextError
-from whit.evaluation.text import Text, default_text, documentation_text, read_text, windows
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_both_parts_are_long_enough_to_measure_and_to_calibrate(held_out: Text, 
 
 
 def test_the_text_is_the_same_in_another_process_with_another_hash_seed(held_out: Text) -> None:
-    program = "from whit.evaluation.text import default_text; import sys; sys.stdout.write(default_text().content)"
+    program = "from whit.calibration.text import default_text; import sys; sys.stdout.write(default_text().content)"
     run = [sys.executable, "-X", "utf8", "-c", program]
     again = subprocess.run(run, capture_output=True, check=True, env={"PYTHONHASHSEED": "12345"})
     assert again.stdout.decode() == held_out.content
@@ -55,7 +55,7 @@ def test_every_topic_of_the_language_reference_is_in_one_of_the_parts(held_out: 
 
 def test_docstrings_are_read_without_importing_their_modules() -> None:
     program = (
-        "import sys; import whit.evaluation.text as t; before = set(sys.modules); t.default_text(); "
+        "import sys; import whit.calibration.text as t; before = set(sys.modules); t.default_text(); "
         "print(sorted(set(sys.modules) - before))"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout

@@ -1,0 +1,92 @@
+"""GGUF tensors beside the parameters of transformers' module: which is which, and values in either direction.
+
+Rounding works on the matrices of the output file, the forward pass on transformers' parameters. Between them lie
+the two-way tables of known.py: a file tensor that has been replaced is read back through the same changes
+(transposes, reordered rotary rows, fused parts) that any GGUF file is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from whit.checkpoints.source import TensorInfo
+from whit.models.architecture import GGUFView, from_gguf
+from whit.models.taps import Slot
+
+
+class _Overlay:
+    """The view's tensors as a source, of which some have been replaced."""
+
+    def __init__(self, view: GGUFView) -> None:
+        self._tensors = {tensor.name: tensor for tensor in view.tensors}
+        self.replaced: dict[str, Tensor] = {}
+
+    def names(self) -> Sequence[str]:
+        return list(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self._tensors[name]
+        return TensorInfo(name, tensor.shape, "F32", 4 * tensor.n_weights)
+
+    def read(self, name: str) -> Tensor:
+        if name in self.replaced:
+            return self.replaced[name]
+        return torch.cat([part.read().float() for part in self._tensors[name].parts])
+
+
+class Links:
+    """The two sides of one model."""
+
+    def __init__(self, view: GGUFView) -> None:
+        """Raises what `from_gguf` raises."""
+        self._overlay = _Overlay(view)
+        _, self._disk = from_gguf(view.metadata, self._overlay)
+        self._slots: dict[str, list[Slot]] = defaultdict(list)  # GGUF tensor -> its parameters, experts in order
+        self._direct: dict[str, str] = {}  # parameter -> name on disk
+        self._stacked: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)  # -> (expert, part) -> name on disk
+        for name in self._disk.names():
+            origin = self._disk.origin(name)
+            fused = origin.weight.fused if origin.weight.of_experts else None
+            parameter = fused.disk.format(i=origin.block) if fused else name
+            for pattern, replacement in self._disk.module_names:
+                parameter = re.sub(pattern, replacement, parameter)
+            if fused:
+                self._stacked[parameter][origin.start, fused.part] = name
+            else:
+                self._direct[parameter] = name
+            self._slots[origin.gguf].append((parameter, origin.start if fused else None))
+
+    def slots(self, gguf: str) -> list[Slot]:
+        """The parameters that a GGUF tensor is made of; for experts one slot each, in order."""
+        return self._slots.get(gguf, [])
+
+    def gguf_names(self, prefix: str) -> list[str]:
+        """The GGUF tensors with a parameter under `prefix`, in file order."""
+        return [name for name, slots in self._slots.items() if any(slot[0].startswith(prefix) for slot in slots)]
+
+    def read(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
+        """A parameter's values, from replaced tensors where there are some. Raises KeyError for an unknown one."""
+        if parameter in self._direct:
+            return self._disk.read(self._direct[parameter]).reshape(shape)
+        pieces = self._stacked[parameter]
+        experts = 1 + max((expert for expert, _ in pieces), default=-1)
+        n_parts = 1 + max((part for _, part in pieces), default=-1)
+        if not experts:
+            raise KeyError(parameter)
+        rows = [
+            torch.cat([self._disk.read(pieces[expert, part]) for part in range(n_parts)]) for expert in range(experts)
+        ]
+        return torch.stack(rows).reshape(shape)
+
+    def replace(self, gguf: str, W: Tensor) -> None:
+        """From now on the GGUF tensor `gguf` has these values, float32, in its shape."""
+        self._overlay.replaced[gguf] = W
+
+    def restore(self) -> None:
+        """Forget all replacements."""
+        self._overlay.replaced.clear()

@@ -1,0 +1,169 @@
+"""A model as a stream of blocks: one block's weights in memory at a time, whatever the depth.
+
+transformers' own classes are built without memory; what is outside the blocks is filled, every block is replaced by
+a pass-through that writes down its arguments, and one run per window gives the embeddings and the exact masks and
+positions of every block. Then block after block is filled, run on its recorded arguments, and emptied.
+
+There is no code per architecture: the blocks are the one list of modules as long as the configuration says, and
+the recording checks that each block was handed the very tensor that the one before it returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from whit.errors import ModelError
+from whit.models.model import Model
+from whit.models.skeleton import config_and_class, quiet
+
+Read = Callable[[str, tuple[int, ...]], Tensor]  # name and shape of a parameter -> its values
+
+
+@dataclass
+class _Call:
+    """The arguments of a block in one run, without the hidden states."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class _Recorder(nn.Module):
+    """Stands where a block stood: writes its arguments down and returns the hidden states unchanged."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.call, self.given, self._label = _Call(), torch.empty(0), label
+
+    def forward(self, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden_states is None:
+            raise ModelError(f"{self._label}: its blocks take no hidden states; it cannot be run block by block.")
+        self.call, self.given = _Call(args, kwargs), hidden_states
+        return hidden_states
+
+
+class BlockStream:
+    """The blocks of a model in order.
+
+    n_blocks  how many there are
+    """
+
+    def __init__(self, model: Model, read: Read) -> None:
+        """Build the model without its weights.
+
+        read  gives a parameter's values; called again each time that a block is filled
+        Raises ModelError when the architecture cannot be cut into blocks.
+        """
+        config, cls = config_and_class(model)
+        with quiet(), torch.device("meta"):
+            module = cls._from_config(config, attn_implementation="eager")
+        self._module: PreTrainedModel = module.eval().requires_grad_(False)
+        self._read, self._label = read, model.label
+        depth = config.get_text_config().num_hidden_layers
+        lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
+        found = [name for name, part in lists.items() if len(part) == depth and not _inside(name, lists)]
+        if len(found) != 1:
+            raise ModelError(f"{model.label}: {cls.__name__} has no single list of {depth} blocks.")
+        self._path = found[0]
+        self._blocks: list[nn.Module] = list(lists[self._path])
+        self.n_blocks = depth
+        self._calls: list[_Call] = []
+
+    def start(self, windows: Tensor) -> list[Tensor]:
+        """Fill what is outside the blocks and run the embeddings.
+
+        windows  [n, length] int64
+        Returns per window the hidden states [1, length, hidden] that the first block is given.
+        """
+        recorders = [_Recorder(self._label) for _ in range(self.n_blocks)]
+        self._module.set_submodule(self._path, nn.ModuleList(recorders))
+        _make_buffers(self._module, self._module)
+        self._fill(self._module, "")
+        decoder = self._module.get_decoder()
+        hidden = []
+        with torch.inference_mode():
+            for window in windows:
+                decoder(input_ids=window[None], use_cache=False)
+                for before, after in pairwise(recorders):
+                    if after.given is not before.given:
+                        raise ModelError(f"{self._label}: something happens between its blocks.")
+                hidden.append(recorders[0].given.clone())
+        self._calls = [recorder.call for recorder in recorders]  # the same for all windows: they are equally long
+        return hidden
+
+    def fill(self, index: int) -> nn.Module:
+        """Block `index` with its weights."""
+        block = self._blocks[index]
+        _make_buffers(self._module, block)
+        self._fill(block, f"{self._path}.{index}.")
+        return block
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """One window [1, length, hidden] through a filled block."""
+        call = self._calls[index]
+        with torch.inference_mode():
+            out = self._blocks[index](hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def prefix(self, index: int) -> str:
+        """What stands before the names of a block's parameters in the whole model."""
+        return f"{self._path}.{index}."
+
+    def empty(self, index: int) -> None:
+        """Give the memory of a block's weights back."""
+        self._blocks[index].to_empty(device="meta")
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """One window after the last block -> what the head is given, [length, hidden]."""
+        passing = nn.ModuleList([_Replay(hidden)])
+        self._module.set_submodule(self._path, passing)
+        decoder = self._module.get_decoder()
+        layers, text = 1, decoder.config
+        depth, text.num_hidden_layers = text.num_hidden_layers, layers
+        try:
+            with torch.inference_mode():
+                ids = torch.zeros(1, hidden.shape[1], dtype=torch.int64)
+                return decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+        finally:
+            text.num_hidden_layers = depth
+
+    def _fill(self, part: nn.Module, prefix: str) -> None:
+        head = self._module.get_output_embeddings()
+        for name, module in part.named_modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if module is head:  # the stream ends before it
+                    continue
+                full = prefix + (f"{name}.{key}" if name else key)
+                values = self._read(full, tuple(parameter.shape)).to(torch.float32)
+                setattr(module, key, nn.Parameter(values, requires_grad=False))
+
+
+class _Replay(nn.Module):
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._hidden
+
+
+def _inside(name: str, lists: dict[str, nn.ModuleList]) -> bool:
+    return any(name.startswith(f"{other}.") for other in lists)
+
+
+def _make_buffers(model: PreTrainedModel, part: nn.Module) -> None:
+    """Buffers are no weights: transformers computes them from the configuration."""
+    for module in part.modules():
+        own = dict(module.named_buffers(recurse=False))
+        if not any(buffer.is_meta for buffer in own.values()):
+            continue
+        for name, buffer in own.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        with torch.no_grad():
+            model._init_weights(module)

@@ -1,0 +1,115 @@
+"""Rounding with error feedback: each column answers for the errors of the columns before it.
+
+    target_i = w_i + sum_{j<i} (w_j - q_j) R_ji / R_ii        q_i = nearest level to target_i
+
+The loss becomes sum_i R_ii^2 (q_i - target_i)^2, so R_ii^2 is the weight with which scales are searched, on the
+targets and not on the weights: a block's parameters are chosen when its turn comes, and those of inner spans
+later still. Published error feedback on these formats chose scales without looking at activations and lost to
+weighted rounding without feedback; the two belong together.
+
+All work is done on transposed matrices [cols, rows], in which a column is contiguous.
+Source: arXiv 2210.17323 (GPTQ), pull form as in docs/rounding.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from whit.grids.grid import Adaptive, Params
+from whit.grids.quantized import QuantizedTensor
+from whit.rounding.curvature import Curvature
+
+Scales = Literal["search", "range"]
+
+CHUNK = 64  # columns between two matrix products when an inner span is wider
+ROWS = 8192  # rows at a time, which bounds memory
+
+
+def feedback(W: Tensor, grid: Adaptive, c: Curvature, late: bool = True, scales: Scales = "search") -> QuantizedTensor:
+    """Codes and parameters of W [rows, cols] float32 under the curvature of its inputs.
+
+    late    choose the parameters of inner spans on targets that carry the errors of the spans before them
+    scales  "search" weighs errors on the compensated target; "range" takes the range rule on W itself, as GPTQ does
+    Raises ValueError when cols does not fit the grid, OverflowError when a scale leaves its dtype.
+    """
+    step = 1.0 / c.R.diagonal()
+    pull = c.R * step  # column i divided by R_ii
+    weights = c.R.diagonal().square()
+    parts = [_rows(part, grid, pull, weights, late and scales == "search", scales) for part in W.split(ROWS)]
+    return stacked(parts)
+
+
+def stacked(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Matrices on one grid, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
+    shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    return QuantizedTensor(parts[0].grid, shape, torch.cat([part.codes for part in parts]), params)
+
+
+def _rows(W: Tensor, grid: Adaptive, pull: Tensor, weights: Tensor, late: bool, scales: Scales) -> QuantizedTensor:
+    rows, cols = W.shape
+    outer, *_, inner = (*grid.spans(cols), grid.spans(cols)[-1])
+    Wt = W.T.contiguous()
+    errors = torch.zeros_like(Wt)  # w - q of the columns that are done
+    codes = torch.empty(Wt.shape, dtype=torch.uint8)
+    found: list[Params] = []
+    for a in range(0, cols, outer):
+        b = a + outer
+        if scales == "range":
+            params = grid.store(grid.fit(W[:, a:b]))
+        else:
+            params = searched(Wt[a:b] + pull[:a, a:b].T @ errors[:a], grid, weights[a:b])
+        for j, start in enumerate(range(a, b, inner)):
+            stop = start + inner
+            if late and inner < outer:
+                target = Wt[start:stop] + pull[:start, start:stop].T @ errors[:start]
+                params = grid.late(target.T.contiguous(), weights[start:stop], params, j)
+            scale, offset = (None if value is None else value[:, j].contiguous() for value in grid.effective(params))
+            for first in range(start, stop, CHUNK):
+                _columns(Wt, errors, codes, pull, (first, min(first + CHUNK, stop)), grid, cast(Tensor, scale), offset)
+        found.append(params)
+    params = {name: torch.cat([each[name] for each in found], dim=1) for name in found[0]}
+    return QuantizedTensor(grid, (rows, cols), codes.T.contiguous(), params)
+
+
+def _columns(
+    Wt: Tensor,
+    errors: Tensor,
+    codes: Tensor,
+    pull: Tensor,
+    span: tuple[int, int],
+    grid: Adaptive,
+    scale: Tensor,
+    offset: Tensor | None,
+) -> None:
+    """Round the columns of one span in order, under one scale (and offset) per row."""
+    first, last = span
+    targets = torch.addmm(Wt[first:last], pull[:first, first:last].T, errors[:first])
+    inverse = inverted(scale)
+    for i in range(first, last):
+        target = targets[i - first]
+        if i > first:
+            target = torch.addmv(target, errors[first:i].T, pull[first:i, i])
+        x = target * inverse if offset is None else (target - offset).mul_(inverse)
+        codes[i] = grid.levels.nearest(x)
+        value = grid.levels.values(codes[i]).mul_(scale)
+        if offset is not None:
+            value += offset
+        torch.sub(Wt[i], value, out=errors[i])
+
+
+def searched(target: Tensor, grid: Adaptive, weights: Tensor) -> Params:
+    """`grid.search` on transposed weights [cols, rows], in slices of rows that stay in a core's cache."""
+    rows = max(1, 32767 // target.shape[0])
+    parts = [grid.search(part.T.contiguous(), weights) for part in target.split(rows, dim=1)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def inverted(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 for a scale of zero."""
+    return torch.where(scale == 0, 0.0, 1.0 / scale).nan_to_num_(posinf=0.0, neginf=0.0)

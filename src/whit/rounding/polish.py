@@ -1,0 +1,138 @@
+"""Improving codes and scales that rounding has chosen, under the full quadratic loss; nothing here can raise it.
+
+    coordinate descent   one code at a time to the level nearest to q_i - g_i / H_ii, where g = (q - w) H
+    refit                with codes fixed, each outer span's float parameters by least squares, rounded to what is
+                         stored, kept where the loss falls
+    floor                per row the better of two candidates
+
+All work is done on transposed matrices [cols, rows]. The row-wise loss is E = (q - w) H (q - w)^T.
+Source: arXiv 2309.01885 (QuantEase), arXiv 2406.17542 (CDQuant), arXiv 2602.02126 (two-stage scales).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from whit.grids.grid import Adaptive, Params
+from whit.grids.quantized import QuantizedTensor
+from whit.rounding.curvature import Curvature
+from whit.rounding.feedback import CHUNK, ROWS, inverted, stacked
+
+
+def loss(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
+    """(Q - W) H (Q - W)^T of every row, [rows] float32, for W and Q [rows, cols]."""
+    delta = Q - W
+    return torch.linalg.vecdot(delta @ H, delta)
+
+
+def polish(W: Tensor, quantized: QuantizedTensor, grid: Adaptive, c: Curvature, sweeps: int) -> QuantizedTensor:
+    """Alternate refit and coordinate descent `sweeps` times, then refit; the loss of no row rises.
+
+    W  [rows, cols] float32
+    """
+    parts, start = [], 0
+    for part in W.split(ROWS):
+        stop = start + part.shape[0]
+        params = {name: value[start:stop] for name, value in quantized.params.items()}
+        parts.append(_polished(part, quantized.codes[start:stop], params, grid, c.H, sweeps))
+        start = stop
+    return stacked(parts)
+
+
+def better_rows(W: Tensor, first: QuantizedTensor, second: QuantizedTensor, H: Tensor) -> QuantizedTensor:
+    """Row by row whichever of two candidates loses less; the first where they tie."""
+    second_wins = loss(W, second.dequantize(), H) < loss(W, first.dequantize(), H)  # [rows]
+    if not second_wins.any():
+        return first
+    chosen = second_wins[:, None]
+    params = {name: torch.where(chosen, second.params[name], value) for name, value in first.params.items()}
+    return QuantizedTensor(first.grid, first.shape, torch.where(chosen, second.codes, first.codes), params)
+
+
+def _polished(W: Tensor, codes: Tensor, params: Params, grid: Adaptive, H: Tensor, sweeps: int) -> QuantizedTensor:
+    Wt, codes = W.T.contiguous(), codes.T.contiguous()  # [cols, rows]
+    delta = grid.decode(codes.T, params).T - Wt
+    params = _refit(delta, codes, params, grid, H)
+    for _ in range(sweeps):
+        if not _descend(delta, codes, params, grid, H):
+            break
+        params = _refit(delta, codes, params, grid, H)
+    return QuantizedTensor(grid, (W.shape[0], W.shape[1]), codes.T.contiguous(), params)
+
+
+def _descend(delta: Tensor, codes: Tensor, params: Params, grid: Adaptive, H: Tensor) -> bool:
+    """One sweep over all columns; changes `codes` and `delta` [cols, rows] in place; whether any code changed."""
+    cols = delta.shape[0]
+    inner = grid.spans(cols)[-1]
+    scales, offsets = grid.effective(params)
+    changed = False
+    for first in range(0, cols, min(inner, CHUNK)):
+        last = min(first + min(inner, CHUNK), cols)
+        scale = scales[:, first // inner].contiguous()
+        offset = None if offsets is None else offsets[:, first // inner].contiguous()
+        inverse = inverted(scale)
+        gradient = H[first:last] @ delta  # [columns, rows]
+        for i in range(first, last):
+            k = i - first
+            old = grid.levels.values(codes[i]).mul_(scale)
+            wanted = torch.add(old, gradient[k], alpha=-1.0 / H[i, i].item())  # less offset, which cancels
+            code = grid.levels.nearest(wanted.mul_(inverse))
+            change = grid.levels.values(code).mul_(scale).sub_(old)
+            # the nearest level never raises the loss, except by a tie's rounding error
+            codes[i] = code
+            delta[i] += change
+            if i + 1 < last:
+                gradient[k + 1 :].addr_(H[i + 1 : last, i], change)
+            changed = changed or bool(change.any())
+        del offset
+    return changed
+
+
+def _refit(delta: Tensor, codes: Tensor, params: Params, grid: Adaptive, H: Tensor) -> Params:
+    """Float parameters of one outer span after the other, each by least squares given all others."""
+    cols = delta.shape[0]
+    outer = grid.spans(cols)[0]
+    bases = {name: basis.T.contiguous() for name, basis in grid.bases(codes.T, params).items()}  # [cols, rows]
+    names = list(bases)
+    new = {name: value.clone() for name, value in params.items()}
+    for n, a in enumerate(range(0, cols, outer)):
+        span = slice(a, a + outer)
+        gradient = H[span] @ delta  # [outer, rows]
+        basis = [bases[name][span] for name in names]
+        curved = [H[span, span] @ each for each in basis]
+        slope = torch.stack([(each * gradient).sum(0) for each in basis])  # [n, rows]
+        square = torch.stack([torch.stack([(x * y).sum(0) for y in curved]) for x in basis])  # [n, n, rows]
+        old = torch.stack([new[name][:, n].float() for name in names])  # [n, rows]
+        for stored in _candidates(grid, names, old, slope, square):
+            move = stored - old
+            gain = 2 * (move * slope).sum(0) + (move[:, None] * square * move[None]).sum((0, 1))
+            # relative margin: a gain below the precision of these sums is no gain
+            better = gain < -1e-6 * (move[:, None] * square * move[None]).sum((0, 1))
+            better &= torch.isfinite(gain)
+            move = torch.where(better, move, 0.0)
+            if not better.any():
+                continue
+            for k, name in enumerate(names):
+                new[name][:, n] = torch.where(better, stored[k], old[k]).to(new[name].dtype)
+                delta[span] += basis[k] * move[k]
+            slope = slope + (square * move[None]).sum(1)
+            old = torch.stack([new[name][:, n].float() for name in names])
+    return new
+
+
+def _candidates(grid: Adaptive, names: list[str], old: Tensor, slope: Tensor, square: Tensor):  # type: ignore[no-untyped-def]
+    """Parameters [n, rows] worth trying: the joint optimum, rounded to what is stored; then each alone."""
+
+    def stored(values: Tensor) -> Tensor:
+        half = values.clamp(-65504, 65504).half().float()
+        return torch.where(torch.isfinite(values), half, old)
+
+    if len(names) == 2:
+        det = square[0, 0] * square[1, 1] - square[0, 1] ** 2
+        safe = det > 1e-6 * square[0, 0] * square[1, 1]
+        first = (square[1, 1] * slope[0] - square[0, 1] * slope[1]) / det
+        second = (square[0, 0] * slope[1] - square[0, 1] * slope[0]) / det
+        yield stored(torch.where(safe, old - torch.stack([first, second]), old))
+    else:
+        yield stored(torch.where(square[0] > 0, old - slope / square[0], old))
