@@ -11,65 +11,30 @@ in which every error reaches the logits, and the blocks before it have run on th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from whit.calibration.moments import Moments, shifted_target
+from whit.grids.grid import Adaptive
 from whit.grids.quantized import QuantizedTensor
 from whit.models.architecture import GGUFView
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.stream import BlockStream
 from whit.models.taps import Slot, watched
+from whit.pipeline.effort import Calibration, TensorLoss
 from whit.pipeline.plain import check_finite, plain_bytes, too_large
 from whit.pipeline.plan import Step
 from whit.rounding.curvature import Curvature, curvature
-from whit.rounding.methods import METHODS, Effort
+from whit.rounding.methods import METHODS
 from whit.rounding.nearest import nearest
 from whit.rounding.polish import loss
 
 Progress = Callable[[int, int, str], None]
+Written = tuple[str, Iterator[Tensor]]  # a tensor of the file and the pieces of its bytes
 HEADS = ("output.weight", "token_embd.weight")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Text and effort.
-
-    windows   [n, length] int64 token ids
-    strength  how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all
-    effort    of the rounding itself
-    source    what the text is, for reports
-    """
-
-    windows: Tensor
-    strength: float = 0.5
-    effort: Effort = field(default_factory=Effort)
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class TensorLoss:
-    """What one tensor lost: E = sum of (Q - W) H (Q - W)^T under its own damped H.
-
-    loss      as written
-    plain     with plain rounding
-    n_tokens  calibration tokens that reached it, of which n_lost were dropped as NaN or infinite
-    n_dead    inputs that were always zero
-    note      what was unusual, else empty
-    """
-
-    name: str
-    kind: str
-    rounding: str
-    loss: float
-    plain: float
-    n_tokens: int
-    n_lost: int
-    n_dead: int
-    note: str = ""
 
 
 class CalibratedRun:
@@ -89,7 +54,7 @@ class CalibratedRun:
         self._curved: dict[int, Curvature] = {}
         self.losses: list[TensorLoss] = []
 
-    def tensors(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    def tensors(self) -> Iterator[Written]:
         """Name and bytes of every tensor, in the order of computation.
 
         Raises BadWeightsError for weights or activations that are not finite.
@@ -105,9 +70,7 @@ class CalibratedRun:
         yield from self._ends(hidden)
         self._tell(total, total, "done")
 
-    def _block(
-        self, index: int, hidden: list[Tensor], original: list[Tensor]
-    ) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    def _block(self, index: int, hidden: list[Tensor], original: list[Tensor]) -> Iterator[Written]:
         stream, links, prefix = self._stream, self._links, self._stream.prefix(index)
         block = stream.fill(index)
         taps = _Taps(prefix)
@@ -128,7 +91,7 @@ class CalibratedRun:
         stream.empty(index)
         links.restore()
 
-    def _ends(self, hidden: list[Tensor]) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    def _ends(self, hidden: list[Tensor]) -> Iterator[Written]:
         """What is left: embeddings, final norm, head."""
         head = next(name for name in HEADS if name in self._steps)
         moments: Moments | None = None
@@ -164,7 +127,7 @@ class CalibratedRun:
                 yield matrix.float()
 
     def _one(self, step: Step, W: Tensor, moments: Moments | None) -> QuantizedTensor:
-        effort, grid = self._calibration.effort, step.kind.grid
+        effort, grid = self._calibration.effort, cast(Adaptive, step.kind.grid)
         if moments is None or moments.n_tokens == 0:
             c = curvature(torch.zeros(W.shape[1], W.shape[1]))
             note = "no calibration token came here" if moments else "an embedding: all columns count the same"

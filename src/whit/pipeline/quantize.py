@@ -17,7 +17,7 @@ from whit.errors import ModelError
 from whit.models.architecture import GGUFView, gguf_view, passthrough_view
 from whit.models.model import Model
 from whit.models.vocabulary import gguf_vocabulary
-from whit.pipeline.calibrated import CalibratedRun, Calibration, TensorLoss
+from whit.pipeline.effort import Calibration, TensorLoss
 from whit.pipeline.plain import plain_bytes
 from whit.pipeline.plan import FILE_TYPES, Plan, make_plan
 from whit.recipes.recipe import Recipe
@@ -68,6 +68,8 @@ def write_gguf(
         if any(step.needs_moments for step in plan.steps):
             if calibration is None:
                 raise ValueError(f"recipe {recipe.name} needs a calibration text")
+            from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
+
             streamed = CalibratedRun(model, _view(model), plan.steps, calibration, progress)
             writer.write(file, streamed.tensors())
             losses = tuple(streamed.losses)

@@ -1,0 +1,69 @@
+"""How much work a run does, on which text, and what it reports of every tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from whit.rounding.methods import Effort
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named amount of work.
+
+    windows   of 512 calibration tokens
+    strength  how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all
+    effort    of the rounding itself
+    """
+
+    windows: int
+    strength: float
+    effort: Effort
+
+
+PRESETS = {
+    "fast": Preset(12, 0.0, Effort(sweeps=1)),
+    "balanced": Preset(48, 0.5, Effort(sweeps=3)),
+    "best": Preset(160, 0.5, Effort(sweeps=8)),
+}
+DEFAULT_PRESET = "balanced"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text and effort.
+
+    windows   [n, length] int64 token ids
+    strength  how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all
+    effort    of the rounding itself
+    source    what the text is, for reports
+    """
+
+    windows: Tensor
+    strength: float = 0.5
+    effort: Effort = field(default_factory=Effort)
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class TensorLoss:
+    """What one tensor lost: E = sum of (Q - W) H (Q - W)^T under its own damped H.
+
+    loss      as written
+    plain     with plain rounding
+    n_tokens  calibration tokens that reached it, of which n_lost were dropped as NaN or infinite
+    n_dead    inputs that were always zero
+    note      what was unusual, else empty
+    """
+
+    name: str
+    kind: str
+    rounding: str
+    loss: float
+    plain: float
+    n_tokens: int
+    n_lost: int
+    n_dead: int
+    note: str = ""
