@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -134,13 +135,32 @@ class Table:
 
     def nearest(self, x: Tensor) -> Tensor:
         """Index of the nearest level; a tie goes to the lower one."""
-        levels = torch.tensor(self.numbers, dtype=torch.float32)
-        middles = (levels[1:] + levels[:-1]) / 2
-        return torch.bucketize(x, middles).to(torch.uint8)
+        halves, first = self._halves
+        if halves is None:
+            return torch.bucketize(x, self._middles).to(torch.uint8)
+        index = (x * 2).ceil_().clamp_(first, first + len(halves) - 1).sub_(first).to(torch.int32)
+        return halves.index_select(0, index.reshape(-1)).view(x.shape)
 
     def values(self, codes: Tensor) -> Tensor:
         """The table's numbers as float32."""
-        return torch.tensor(self.numbers, dtype=torch.float32)[codes.long()]
+        return self._levels.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+    @cached_property
+    def _levels(self) -> Tensor:
+        return torch.tensor(self.numbers, dtype=torch.float32)
+
+    @cached_property
+    def _middles(self) -> Tensor:
+        return (self._levels[1:] + self._levels[:-1]) / 2
+
+    @cached_property
+    def _halves(self) -> tuple[Tensor | None, int]:
+        """Codes by ceil(2 x) from the first entry on, when all boundaries are whole halves; much faster."""
+        doubled = 2 * self._middles
+        if not torch.equal(doubled, doubled.round()) or doubled[-1] - doubled[0] > 4096:
+            return None, 0
+        first, last = int(doubled[0]) - 1, int(doubled[-1]) + 1
+        return torch.bucketize(torch.arange(first, last + 1) / 2, self._middles).to(torch.uint8), first
 
     def index(self, number: float) -> int:
         """The code of an exact level. Raises ValueError when it is not one."""

@@ -9,6 +9,7 @@ from whit.grids.floats import Float
 from whit.grids.grid import Grid
 from whit.grids.levels import Integers, Table
 from whit.grids.scaled import Offset, PerChannel, PerGroup, PerTensor, Scaled, integer_grid
+from whit.grids.superblock import Superblock
 
 # Sixteen levels that are denser near zero. Source: the IQ4_NL block format of GGML.
 IQ4_NL_LEVELS = Table(
@@ -27,6 +28,12 @@ GRIDS: dict[str, Grid] = {
     "q4_1": Scaled(Integers(4, 0), _GGML_GROUP, Offset.MINIMUM),
     "q4_0": integer_grid(4, _GGML_GROUP, symmetric=True),
     "iq4_nl": Scaled(IQ4_NL_LEVELS, _GGML_GROUP),
+    "q2_k": Superblock(Integers(2, 0), 16, 0, 15, minimum=True),
+    "q3_k": Superblock(Integers(3, 4), 16, -32, 31),
+    "q4_k": Superblock(Integers(4, 0), 32, 0, 63, minimum=True),
+    "q5_k": Superblock(Integers(5, 0), 32, 0, 63, minimum=True),
+    "q6_k": Superblock(Integers(6, 32), 16, -128, 127),
+    "iq4_xs": Superblock(IQ4_NL_LEVELS, 32, -32, 31),
     **{f"int{b}": integer_grid(b, PerChannel(), symmetric=True) for b in range(2, 9)},
     **{f"int{b}-asym": integer_grid(b, PerChannel(), symmetric=False) for b in range(2, 9)},
     **{f"int{b}-tensor": integer_grid(b, PerTensor(), symmetric=True) for b in range(2, 9)},

@@ -20,27 +20,29 @@ from torch import Tensor
 if TYPE_CHECKING:  # scaled.py calls these functions; they only need its type
     from whit.grids.scaled import Scaled
 
-N_RANGES = 13
+N_RANGES = 13  # with a minimum, whose range has two ends
+N_SCALES = 7  # without: more bring less than a thousandth
 LARGE_GROUP = 64  # wider groups have outliers relative to their spread, so stronger clipping can pay
 
 
-def _range_factors(bits: int, size: int) -> list[float]:
+def _range_factors(bits: int, size: int, n_ranges: int = N_RANGES) -> list[float]:
     """Factors on the scale of the range rule: the ends move by about one level, or by half in a large group."""
     n = 2 ** (bits - 1)
     low = 0.5 if size > LARGE_GROUP else n / (n + 1.5)
-    return [1.0, *torch.linspace(low, n / (n - 0.9), N_RANGES).tolist()]
+    return [1.0, *torch.linspace(low, n / (n - 0.9), n_ranges).tolist()]
 
 
 def search_scale(x: Tensor, importance: Tensor, start: Mapping[str, Tensor], grid: Scaled) -> dict[str, Tensor]:
     """Best stored scale without an offset; both signs when the level set is not symmetric about zero."""
     signs = (1.0,) if grid.levels.mirrored else (1.0, -1.0)
-    factors = _range_factors(grid.levels.bits, x.shape[-1])
+    factors = _range_factors(grid.levels.bits, x.shape[-1], N_SCALES)
 
     def candidates() -> Iterable[dict[str, Tensor]]:
         for sign in signs:
             for factor in factors:
                 rough = {"scale": start["scale"] * (sign * factor)}
-                yield rough
+                if factor == 1.0:
+                    yield rough
                 levels = grid.levels.values(grid.round_blocks(x, rough))
                 yield {"scale": _ratio((importance * x * levels).sum(-1), (importance * levels**2).sum(-1), rough)}
 
@@ -55,7 +57,8 @@ def search_minimum(x: Tensor, importance: Tensor, start: Mapping[str, Tensor], g
     def candidates() -> Iterable[dict[str, Tensor]]:
         for factor in _range_factors(grid.levels.bits, x.shape[-1]):
             rough = {"scale": start["scale"] * factor, "minimum": start["minimum"]}
-            yield rough
+            if factor == 1.0:
+                yield rough
             levels = grid.levels.values(grid.round_blocks(x, rough))
             level = _ratio((importance * levels).sum(-1), total, rough)
             off = levels - level[..., None]
@@ -73,7 +76,8 @@ def search_zero_point(x: Tensor, importance: Tensor, start: Mapping[str, Tensor]
             zero = (start["zero"] + shift).clamp(0, grid.levels.high)
             for factor in _range_factors(grid.levels.bits, x.shape[-1]):
                 rough = {"scale": start["scale"] * factor, "zero": zero}
-                yield rough
+                if factor == 1.0:
+                    yield rough
                 levels = grid.levels.values(grid.round_blocks(x, rough)) - zero[..., None]
                 scale = _ratio((importance * x * levels).sum(-1), (importance * levels**2).sum(-1), rough)
                 yield {"scale": scale, "zero": zero}

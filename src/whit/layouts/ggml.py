@@ -1,13 +1,12 @@
 """GGML blocks: quantized tensors as the bytes that llama.cpp's runtime reads, and back.
 
-A row is cut into blocks of 32 weights and each block is a record of fields. A type is the list of its
+A row is cut into blocks of 32 or 256 weights and each block is a record of fields. A type is the list of its
 fields in storage order; sizes follow from the list. Everything is little-endian.
 Source: the GGML block formats as listed in docs/formats.md; checked bit for bit against the `gguf` package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,60 +16,26 @@ from whit.grids.floats import Float
 from whit.grids.grid import Grid
 from whit.grids.named import GRIDS
 from whit.grids.quantized import QuantizedTensor
+from whit.layouts.ggml_fields import (
+    FIFTH_BITS,
+    IQ4_SUBS,
+    MINIMUM,
+    Q2_SUBS,
+    Q3_SUBS,
+    Q4_SUBS,
+    Q5_BITS,
+    Q6_LOW,
+    Q6_SUBS,
+    SCALE,
+    SIGNED_BYTES,
+    Field,
+    nibbles,
+    pairs,
+    single_bits,
+)
 
 BLOCK = 32
-
-
-@dataclass(frozen=True)
-class Field:
-    """One field of a block, on whole arrays of blocks.
-
-    name     "codes" for (part of) the codes, else the parameter's name
-    n_bytes  bytes per block
-    pack     [n, 32] uint8 codes or [n] parameter -> [n, n_bytes] uint8
-    unpack   the inverse; partial codes are added together
-    """
-
-    name: str
-    n_bytes: int
-    pack: Callable[[Tensor], Tensor]
-    unpack: Callable[[Tensor], Tensor]
-
-
-def _half(name: str) -> Field:
-    return Field(
-        name,
-        2,
-        lambda values: values.contiguous().view(torch.uint8).view(-1, 2),
-        lambda raw: raw.clone(memory_format=torch.contiguous_format).view(torch.float16).view(-1),
-    )
-
-
-def _pack_nibbles(codes: Tensor) -> Tensor:
-    low = codes & 15
-    return low[:, :16] | (low[:, 16:] << 4)
-
-
-def _unpack_nibbles(raw: Tensor) -> Tensor:
-    return torch.cat((raw & 15, raw >> 4), dim=1)
-
-
-def _pack_fifth_bits(codes: Tensor) -> Tensor:
-    bits = (codes >> 4).view(-1, 4, 8)  # bit j of byte k belongs to element 8 k + j
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-
-
-def _unpack_fifth_bits(raw: Tensor) -> Tensor:
-    bits = (raw[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # [n, 4, 8]
-    return (bits << 4).view(-1, BLOCK)
-
-
-# The byte of element j holds element j in its low and element j + 16 in its high nibble.
-NIBBLES = Field("codes", 16, _pack_nibbles, _unpack_nibbles)
-FIFTH_BITS = Field("codes", 4, _pack_fifth_bits, _unpack_fifth_bits)
-# int8 in the file, level + 128 as a code: the top bit differs, nothing else.
-SIGNED_BYTES = Field("codes", 32, lambda codes: codes ^ 128, lambda raw: raw ^ 128)
-SCALE, MINIMUM = _half("scale"), _half("minimum")
+SUPERBLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -110,12 +75,11 @@ class GGMLType:
             raise ValueError(f"{self.name} holds {self.grid}, not {quantized.grid}")
         if not self.fields:
             return quantized.codes.contiguous().view(-1).view(torch.uint8)
-        codes = quantized.codes.reshape(-1, self.block)
-        pieces = [
-            field.pack(codes if field.name == "codes" else quantized.params[field.name].reshape(-1))
-            for field in self.fields
-        ]
-        return torch.cat(pieces, dim=1).view(-1)
+        n = quantized.codes.numel() // self.block
+        block = {"codes": quantized.codes.reshape(n, self.block)}
+        for name, value in quantized.params.items():
+            block[name] = value.reshape(n) if value.numel() == n else value.reshape(n, -1)
+        return torch.cat([field.pack(block) for field in self.fields], dim=1).view(-1)
 
     def unpack(self, raw: Tensor, shape: tuple[int, int]) -> QuantizedTensor:
         """The quantized matrix in flat uint8 bytes. Raises ValueError when the size does not match the shape."""
@@ -123,14 +87,13 @@ class GGMLType:
             raise ValueError(f"{self.name} {list(shape)} takes {self.n_bytes(shape)} bytes, found {raw.numel()}")
         if isinstance(self.grid, Float):
             return QuantizedTensor(self.grid, shape, raw.contiguous().view(self.grid.dtype).view(shape), {})
-        codes = torch.zeros(shape, dtype=torch.uint8).view(-1, self.block)
-        params = {}
+        parts: dict[str, Tensor] = {}
         for field, piece in zip(self.fields, raw.view(-1, self.block_bytes).split(self._sizes, dim=1), strict=True):
-            if field.name == "codes":
-                codes |= field.unpack(piece)
-            else:
-                params[field.name] = field.unpack(piece).view(shape[0], -1)
-        return QuantizedTensor(self.grid, shape, codes.view(shape), params)
+            for name, value in field.unpack(piece).items():
+                parts[name] = parts[name] | value if name in parts else value  # codes may be spread over fields
+        codes = parts.pop("codes").reshape(shape)
+        params = {name: value.reshape(shape[0], -1) for name, value in parts.items()}
+        return QuantizedTensor(self.grid, shape, codes, params)
 
     @property
     def _sizes(self) -> list[int]:
@@ -141,12 +104,18 @@ _TYPES = (
     GGMLType("F32", 0, GRIDS["f32"], 1, ()),
     GGMLType("F16", 1, GRIDS["f16"], 1, ()),
     GGMLType("BF16", 30, GRIDS["bf16"], 1, ()),
-    GGMLType("Q4_0", 2, GRIDS["q4_0"], BLOCK, (SCALE, NIBBLES)),
-    GGMLType("Q4_1", 3, GRIDS["q4_1"], BLOCK, (SCALE, MINIMUM, NIBBLES)),
-    GGMLType("Q5_0", 6, GRIDS["q5_0"], BLOCK, (SCALE, FIFTH_BITS, NIBBLES)),
-    GGMLType("Q5_1", 7, GRIDS["q5_1"], BLOCK, (SCALE, MINIMUM, FIFTH_BITS, NIBBLES)),
+    GGMLType("Q4_0", 2, GRIDS["q4_0"], BLOCK, (SCALE, nibbles(32, 32))),
+    GGMLType("Q4_1", 3, GRIDS["q4_1"], BLOCK, (SCALE, MINIMUM, nibbles(32, 32))),
+    GGMLType("Q5_0", 6, GRIDS["q5_0"], BLOCK, (SCALE, FIFTH_BITS, nibbles(32, 32))),
+    GGMLType("Q5_1", 7, GRIDS["q5_1"], BLOCK, (SCALE, MINIMUM, FIFTH_BITS, nibbles(32, 32))),
     GGMLType("Q8_0", 8, GRIDS["q8_0"], BLOCK, (SCALE, SIGNED_BYTES)),
-    GGMLType("IQ4_NL", 20, GRIDS["iq4_nl"], BLOCK, (SCALE, NIBBLES)),
+    GGMLType("IQ4_NL", 20, GRIDS["iq4_nl"], BLOCK, (SCALE, nibbles(32, 32))),
+    GGMLType("Q2_K", 10, GRIDS["q2_k"], SUPERBLOCK, (Q2_SUBS, pairs(256, 128, 0), SCALE, MINIMUM)),
+    GGMLType("Q3_K", 11, GRIDS["q3_k"], SUPERBLOCK, (single_bits(256, 2), pairs(256, 128, 0), Q3_SUBS, SCALE)),
+    GGMLType("Q4_K", 12, GRIDS["q4_k"], SUPERBLOCK, (SCALE, MINIMUM, Q4_SUBS, nibbles(256, 64))),
+    GGMLType("Q5_K", 13, GRIDS["q5_k"], SUPERBLOCK, (SCALE, MINIMUM, Q4_SUBS, Q5_BITS, nibbles(256, 64))),
+    GGMLType("Q6_K", 14, GRIDS["q6_k"], SUPERBLOCK, (Q6_LOW, pairs(256, 128, 4), Q6_SUBS, SCALE)),
+    GGMLType("IQ4_XS", 23, GRIDS["iq4_xs"], SUPERBLOCK, (SCALE, IQ4_SUBS, nibbles(256, 32))),
 )
 GGML_TYPES: dict[str, GGMLType] = {kind.name: kind for kind in _TYPES}
 
