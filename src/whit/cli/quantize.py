@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,40 +12,83 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from whit.checkpoints.atomic import whole_file
 from whit.cli.progress import progress_bar
+from whit.errors import RecipeError
+from whit.models.model import Model
 from whit.models.open import open_model
-from whit.pipeline.plan import FLOAT_GRIDS, Plan, Step
+from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
+from whit.pipeline.plan import FLOAT_GRIDS, Plan
 from whit.pipeline.quantize import Result, write_gguf
 from whit.recipes.named import RECIPES, recipe_named
+from whit.rounding.methods import METHODS, check_rounding
 from whit.rounding.nearest import ROUNDINGS
+
+N_WORST = 3  # tensors named after a run
+ROUNDING_HELP = (
+    f"One of: {', '.join([*ROUNDINGS, *METHODS])}. `nearest` and `search` need no calibration text; the others look at "
+    "what arrives at every layer."
+)
 
 
 def command(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a built-in name (smollm2-135m).")],
     recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write.")],
-    rounding: Annotated[
-        str,
-        typer.Option(
-            help=f"One of: {', '.join(ROUNDINGS)}. `search` takes half a minute per 100M weights and gains a little."
-        ),
-    ] = "nearest",
+    preset: Annotated[str, typer.Option(help=f"How much work: {', '.join(PRESETS)}.")] = DEFAULT_PRESET,
+    rounding: Annotated[str, typer.Option(help=ROUNDING_HELP)] = "feedback",
+    calib: Annotated[
+        Path | None,
+        typer.Option(help="A text file to calibrate on; Python's own documentation when not given.", metavar="FILE"),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of 512 tokens to calibrate on, instead of the preset's number.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="'pattern=grid' for some tensors, such as 'blk.*.ffn_down=q6_k'; may be repeated."),
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="One type for every tensor that it fits, the head too.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Make a model smaller: write a GGUF file by a recipe."""
     console = Console(highlight=False, markup=False)
-    chosen = recipe_named(recipe, rounding)
+    check_rounding(rounding)
+    if preset not in PRESETS:
+        raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
+    chosen = recipe_named(recipe, rounding, pure, settings or ())
     opened = open_model(model)
+    needed = rounding in METHODS and recipe.lower() not in FLOAT_GRIDS
+    calibration = _calibration(opened, preset, calib, windows) if needed else None
+    if calibration:
+        console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
     with progress_bar("quantizing") as progress:
-        result = write_gguf(opened, chosen, out, overwrite=force, progress=progress)
-    requantized = sorted({kind for kind in _source_types(opened) if kind.lower() not in FLOAT_GRIDS})
+        result = write_gguf(opened, chosen, out, overwrite=force, progress=progress, calibration=calibration)
     print_result(console, result)
+    if report:
+        _write_report(report, result, calibration)
+    requantized = sorted({kind for kind in _source_types(opened) if kind.lower() not in FLOAT_GRIDS})
     if requantized:
         console.print(
             f"The source was already quantized ({', '.join(requantized)}): its damage is in this file too. "
             "Quantize the original if you have it."
         )
     console.print(f"Next: whit eval {out} --against {model}", soft_wrap=True)
+
+
+def _calibration(model: Model, preset: str, path: Path | None, limit: int | None) -> Calibration:
+    """The calibration text in windows. Raises TextError when it is too short for one."""
+    from whit.calibration.text import documentation_text, read_text
+    from whit.calibration.text import windows as cut
+    from whit.models.tokenizer import load_tokenizer  # it imports transformers, which takes seconds
+
+    work = PRESETS[preset]
+    text = read_text(path) if path else documentation_text("calibration")
+    ids = cut(load_tokenizer(model).encode(text.content), limit=limit or work.windows)
+    n, length = ids.shape
+    source = f"{n} windows of {length} tokens: {text.description}"
+    return Calibration(ids, work.strength, work.effort, source)
 
 
 def print_result(console: Console, result: Result) -> None:
@@ -63,19 +108,48 @@ def print_result(console: Console, result: Result) -> None:
         n_bytes = sum(step.announced.n_bytes for step in steps)
         table.add_row(kind, str(len(steps)), f"{n_weights:,}", f"{n_bytes / 1e6:.2f}")
     console.print(table)
-    for line in exception_lines(plan):
+    for line in (*exception_lines(plan), *loss_lines(result.losses)):
         console.print(line, soft_wrap=True)
 
 
 def exception_lines(plan: Plan) -> list[str]:
     """One line per reason and kind of tensor, such as `F32: 30 x blk.*.attn_norm.weight (a norm)`."""
-    groups = Counter((step.kind.name, _family(step), step.exception) for step in plan.exceptions)
+    groups = Counter((step.kind.name, _family(step.tensor.name), step.exception) for step in plan.exceptions)
     return [f"  not by the recipe, {kind}: {n} x {family} ({reason})" for (kind, family, reason), n in groups.items()]
 
 
-def _family(step: Step) -> str:
-    parts = step.tensor.name.split(".")
-    return ".".join("*" if part.isdigit() else part for part in parts)
+def loss_lines(losses: tuple[TensorLoss, ...]) -> list[str]:
+    """What the calibrated rounding gained, its least successes, and every note."""
+    measured = [each for each in losses if each.n_tokens and each.plain > 0]
+    if not measured:
+        return []
+    total = sum(each.loss for each in measured) / sum(each.plain for each in measured)
+    worst = sorted(measured, key=lambda each: -each.loss / each.plain)[:N_WORST]
+    named = ", ".join(f"{each.name} {each.loss / each.plain:.2f}" for each in worst)
+    lines = [f"Squared output error of the layers: {total:.3f} of plain rounding's (least gained: {named})."]
+    notes = Counter((_family(each.name), each.note) for each in losses if each.note)
+    lines += [f"  note: {n} x {family}: {note}" for (family, note), n in notes.items()]
+    dead = Counter(_family(each.name) for each in losses if each.n_dead)
+    lines += [f"  note: {n} x {family} had inputs that the text never woke" for family, n in dead.items()]
+    return lines
+
+
+def _write_report(path: Path, result: Result, calibration: Calibration | None) -> None:
+    content = {
+        "file": str(result.path),
+        "bytes": result.n_bytes,
+        "recipe": str(result.plan.recipe),
+        "calibration": calibration.source if calibration else None,
+        "seconds": result.seconds,
+        "tensors": [asdict(each) for each in result.losses],
+    }
+    raw = json.dumps(content, indent=1).encode()
+    with whole_file(path, len(raw), overwrite=True) as file:
+        file.write(raw)
+
+
+def _family(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _source_types(model: object) -> list[str]:

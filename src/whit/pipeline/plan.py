@@ -15,12 +15,21 @@ from whit.checkpoints.gguf import Announced
 from whit.grids.named import GRIDS, grid_named
 from whit.layouts.ggml import GGMLType, ggml_type_of
 from whit.models.architecture import GGUFTensor, GGUFView
+from whit.recipes.mixtures import Facts
+from whit.recipes.named import resolved
 from whit.recipes.recipe import Recipe
 from whit.rounding.methods import METHODS
 
 FLOAT_GRIDS = ("f32", "f16", "bf16")
-FALLBACK = "f16"  # for rows that no block type divides; documented in docs/formats.md
-FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "iq4_nl": 25}
+# For rows that do not divide into superblocks of 256, llama.cpp's choice; documented in docs/formats.md.
+FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
+FALLBACK = "f16"  # for rows that no block divides
+# llama.cpp's numbers for its mixtures; a file of another mixture goes by the type that most of its weights have.
+FILE_TYPES = {
+    **{"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "iq4_nl": 25},
+    **{"q2_k": 10, "q2_k_s": 21, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q3_k": 12, "q4_k_s": 14, "q4_k_m": 15},
+    **{"q4_k": 15, "q5_k_s": 16, "q5_k_m": 17, "q5_k": 17, "q6_k": 18, "iq4_xs": 30},
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ def make_plan(view: GGUFView, recipe: Recipe, stored: Callable[[str, str], Calla
     stored  (tensor name, type name) -> a reader of its bytes when the source holds that very type, else None
     Raises RecipeError when the recipe has no rule for a tensor.
     """
+    shapes = [(tensor.name, tensor.shape) for tensor in view.tensors if not tensor.keep_float]
+    recipe = resolved(recipe, shapes, _facts(view, recipe))
     steps = tuple(_step(view, tensor, recipe, stored) for tensor in view.tensors)
     return Plan(recipe, dict(view.metadata), steps)
 
@@ -92,9 +103,26 @@ def _step(
         wanted, exception = _type("f32"), tensor.reason
     elif tensor.shape[-1] % wanted.block:
         exception = f"rows of {tensor.shape[-1]} weights do not divide into {wanted.name} blocks of {wanted.block}"
-        wanted = _type(FALLBACK)
+        wanted = _type(FALLBACKS.get(wanted.name.lower(), FALLBACK))
+        if tensor.shape[-1] % wanted.block:
+            wanted = _type(FALLBACK)
     rounding = "nearest" if wanted.name.lower() in FLOAT_GRIDS else rule.rounding
     return Step(tensor, wanted, rounding, exception, stored(tensor.name, wanted.name))
+
+
+def _facts(view: GGUFView, recipe: Recipe) -> Facts:
+    def number(key: str, otherwise: int) -> int:
+        value = view.metadata.get(f"{view.architecture}.{key}", otherwise)
+        return int(max(value) if isinstance(value, list) else value)
+
+    heads = number("attention.head_count", 1)
+    return Facts(
+        n_blocks=number("block_count", 1),
+        n_experts=number("expert_count", 0),
+        heads_per_kv=heads // max(1, number("attention.head_count_kv", heads)),
+        tied=not any(tensor.name == "output.weight" for tensor in view.tensors),
+        importance=recipe.rounding in METHODS,
+    )
 
 
 def _names(view: GGUFView, tensor: GGUFTensor) -> list[str]:

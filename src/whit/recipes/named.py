@@ -1,29 +1,57 @@
-"""Recipes with a name. Here the uniform ones; mixtures are lists of the same rules.
-
-Below 8 bits the head stays at 8: it is one matrix of many rows whose errors reach every logit directly, and
-llama.cpp's file types of the same names treat it alike.
-"""
+"""Recipes with a name: the float types, and llama.cpp's mixtures, which are spelled out once the model is known."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
 from whit.errors import RecipeError
+from whit.recipes.mixtures import BASE, Facts, mixture
 from whit.recipes.recipe import Recipe, Rule
 
-HEAD = "output.weight"
-HEAD_GRID = "q8_0"
-UNIFORM = ("f32", "f16", "bf16", "q8_0")
-WITH_FINER_HEAD = ("q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-RECIPES = UNIFORM + WITH_FINER_HEAD
+FLOATS = ("f32", "f16", "bf16")
+RECIPES = (*FLOATS, *BASE)
 
 
-def recipe_named(name: str, rounding: str = "nearest") -> Recipe:
+def recipe_named(name: str, rounding: str = "nearest", pure: bool = False, settings: Sequence[str] = ()) -> Recipe:
     """The recipe called `name` (case does not matter) with one rounding for all of its tensors.
 
-    Raises RecipeError that lists the names there are.
+    pure      every tensor on the recipe's main type, the head too
+    settings  overrides of the form `pattern=grid`, such as `blk.*.ffn_down=q6_k`; the last one given counts first.
+              A pattern without `.weight` means the weight
+    Raises RecipeError that lists the names there are, and for settings of another form or with an unknown grid.
     """
     key = name.lower()
-    if key in UNIFORM:
-        return Recipe(key, (Rule("*", key, rounding),))
-    if key in WITH_FINER_HEAD:
-        return Recipe(key, (Rule(HEAD, HEAD_GRID, rounding), Rule("*", key, rounding)))
-    raise RecipeError(f"There is no recipe called {name!r}. Known recipes: {', '.join(RECIPES)}.")
+    if key not in RECIPES:
+        raise RecipeError(f"There is no recipe called {name!r}. Known recipes: {', '.join(RECIPES)}.")
+    rules = tuple(_override(setting, rounding) for setting in reversed(settings))
+    if pure or key in FLOATS:
+        return Recipe(key, (*rules, Rule("*", BASE.get(key, key), rounding)), n_overrides=len(rules))
+    return Recipe(key, rules, mixture=key, rounding=rounding, n_overrides=len(rules))
+
+
+def resolved(recipe: Recipe, tensors: Sequence[tuple[str, tuple[int, ...]]], model: Facts) -> Recipe:
+    """The recipe with its mixture spelled out for one model: a rule per exception, then one for the rest.
+
+    tensors  GGUF names and shapes
+    Raises RecipeError when an override matches none of them.
+    """
+    for rule in recipe.rules[: recipe.n_overrides]:
+        if not any(fnmatchcase(name, rule.pattern) for name, _ in tensors):
+            raise RecipeError(f"The pattern {rule.pattern} matches no tensor; `whit inspect` lists their names.")
+    if not recipe.mixture:
+        return recipe
+    kinds = mixture(recipe.mixture, tensors, model)
+    counts = Counter(kinds.values())
+    common = counts.most_common(1)[0][0] if counts else BASE[recipe.mixture]
+    rules = [Rule(tensor, kind, recipe.rounding) for tensor, kind in kinds.items() if kind != common]
+    return replace(recipe, rules=(*recipe.rules, *rules, Rule("*", common, recipe.rounding)), mixture="")
+
+
+def _override(setting: str, rounding: str) -> Rule:
+    pattern, equals, grid = setting.partition("=")
+    if not (pattern and equals and grid):
+        raise RecipeError(f"--set {setting!r} is not of the form 'pattern=grid', such as 'blk.*.ffn_down=q6_k'.")
+    return Rule(pattern if pattern.endswith((".weight", "*")) else f"{pattern}.weight", grid.lower(), rounding)

@@ -32,10 +32,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named list of rules. A tied head answers to both of its names, token_embd.weight and output.weight."""
+    """A named list of rules. A tied head answers to both of its names, token_embd.weight and output.weight.
+
+    mixture      name of the mixture whose rules follow once the model is known, else empty
+    rounding     of the tensors that the mixture chooses types for
+    n_overrides  how many of the first rules somebody asked for by hand
+    """
 
     name: str
     rules: tuple[Rule, ...]
+    mixture: str = ""
+    rounding: str = "nearest"
+    n_overrides: int = 0
 
     def rule_for(self, names: Sequence[str]) -> Rule:
         """The first rule that matches any of a tensor's names. Raises RecipeError when none does."""
@@ -45,4 +53,5 @@ class Recipe:
         raise RecipeError(f"Recipe {self.name} has no rule for {names[0]}; add a last rule with the pattern *.")
 
     def __str__(self) -> str:
-        return f"{self.name}: " + ", ".join(map(str, self.rules))
+        rules = [*map(str, self.rules), *([f"mixture {self.mixture} by {self.rounding}"] if self.mixture else [])]
+        return f"{self.name}: " + ", ".join(rules)
