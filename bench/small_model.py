@@ -1,7 +1,7 @@
 """A small language model whose rows fit superblocks of 256: trained here, from text that is on every machine.
 
-`python -m bench.small_model FOLDER [--steps N]` gathers docstrings of the installed Python packages (and the calibration
-half of Python's own documentation, never the held-out half), trains a byte-level BPE of 8192 tokens on them and then a
+`python -m bench.small_model FOLDER [--steps N]` gathers docstrings of installed packages (and the calibration half of
+ Python's own documentation, never the held-out half), trains a byte-level BPE of 8192 tokens on them and then a
 Llama of width 512 with 6 blocks, in bfloat16 autocast. Seeded; the text depends on the versions installed.
 """
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whit.grids.named import GRIDS
+from whit.grids.quantized import QuantizedTensor
 from whit.layouts.ggml import GGML_TYPES, ggml_type_of
 from whit.rounding.nearest import nearest
 
@@ -53,7 +54,7 @@ def test_any_bytes_decode_as_in_the_gguf_package(name: str, data: st.DataObject)
     kind = GGML_TYPES[name]
     raw = np.frombuffer(data.draw(st.binary(min_size=4 * kind.block_bytes, max_size=4 * kind.block_bytes)), np.uint8)
     expected = dequantize(raw.reshape(2, -1), GGMLQuantizationType[name])
-    decoded = kind.unpack(torch.from_numpy(raw.copy()), (2, 64)).dequantize().numpy()
+    decoded = kind.unpack(torch.from_numpy(raw.copy()), (2, 2 * kind.block)).dequantize().numpy()
     np.testing.assert_array_equal(
         decoded.view(np.uint32)[~np.isnan(decoded)], expected.view(np.uint32)[~np.isnan(expected)]
     )
@@ -65,11 +66,12 @@ def test_any_bytes_decode_as_in_the_gguf_package(name: str, data: st.DataObject)
 def test_subnormal_negative_and_extreme_scales_decode_as_in_the_gguf_package(name: str, scale: float) -> None:
     kind = GGML_TYPES[name]
     raw = np.random.default_rng(1).integers(0, 256, (8, kind.block_bytes), dtype=np.uint8)
-    raw[:, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
-    if "minimum" in [field.name for field in kind.fields]:
-        raw[:, 2:4] = np.frombuffer(np.float16(-scale / 3).tobytes(), np.uint8)
+    given = kind.unpack(torch.from_numpy(raw.reshape(-1)), (8, kind.block))
+    floats = {key: scale if key == "scale" else -scale / 3 for key in given.params if not key.startswith("sub")}
+    params = {**given.params, **{key: torch.full_like(given.params[key], value) for key, value in floats.items()}}
+    raw = kind.pack(QuantizedTensor(kind.grid, given.shape, given.codes, params)).numpy().reshape(8, -1)
     expected = dequantize(raw, GGMLQuantizationType[name])
-    decoded = kind.unpack(torch.from_numpy(raw.reshape(-1)), (8, 32)).dequantize().numpy()
+    decoded = kind.unpack(torch.from_numpy(raw.reshape(-1)), (8, kind.block)).dequantize().numpy()
     np.testing.assert_array_equal(decoded.view(np.uint32), expected.view(np.uint32))
 
 
@@ -79,18 +81,18 @@ def test_subnormal_negative_and_extreme_scales_decode_as_in_the_gguf_package(nam
 def test_pack_undoes_unpack_on_all_byte_values(name: str, seed: int) -> None:
     kind = GGML_TYPES[name]
     raw = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, 6 * kind.block_bytes, dtype=np.uint8))
-    assert torch.equal(kind.pack(kind.unpack(raw, (3, 64))), raw)
+    assert torch.equal(kind.pack(kind.unpack(raw, (3, 2 * kind.block))), raw)
 
 
 @pytest.mark.parametrize("name", BLOCKED)
 def test_a_code_lands_at_the_position_where_the_gguf_package_reads_it(name: str) -> None:
     kind = GGML_TYPES[name]
-    neutral = kind.unpack(torch.zeros(kind.block_bytes, dtype=torch.uint8), (1, 32))
-    for position in range(32):
+    neutral = kind.unpack(torch.zeros(kind.block_bytes, dtype=torch.uint8), (1, kind.block))
+    for position in range(kind.block):
         codes = torch.zeros_like(neutral.codes)
         codes[0, position] = 2**kind.grid.levels.bits - 1  # type: ignore[attr-defined]
         params = {key: torch.ones_like(value) for key, value in neutral.params.items()}
-        raw = kind.pack(type(neutral)(kind.grid, (1, 32), codes, params)).numpy()
+        raw = kind.pack(type(neutral)(kind.grid, (1, kind.block), codes, params)).numpy()
         read = dequantize(raw[None], GGMLQuantizationType[name])[0]
         assert len(set(np.delete(read, position))) == 1
         assert read[position] != read[position - 1]
@@ -101,7 +103,7 @@ def test_sizes_and_numbers_are_those_of_the_gguf_package(name: str) -> None:
     kind = GGML_TYPES[name]
     assert kind.number == GGMLQuantizationType[name].value
     assert (kind.block, kind.block_bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-    assert kind.n_bytes((3, 64)) * 8 == kind.grid.bits_per_weight(64) * 3 * 64
+    assert kind.n_bytes((3, 512)) * 8 == kind.grid.bits_per_weight(512) * 3 * 512
 
 
 def test_every_type_is_found_by_its_grid_and_others_have_none() -> None:

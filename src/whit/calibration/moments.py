@@ -77,16 +77,18 @@ class Moments:
             )
 
 
-def shifted_target(W: Tensor, H: Tensor, C: Tensor, strength: float, damping: float) -> Tensor:
-    """The weights that, on the quantized prefix's inputs, come nearest to the original layer's outputs.
+def target_shift(H: Tensor, C: Tensor, damping: float) -> Tensor:
+    """S [cols, cols] float32: W + W S on the quantized prefix's inputs comes nearest to W on the original ones.
 
-    W' = W + strength * W C (H + damping * mean(diag H))^-1, [rows, cols] float32; strength 1 is the exact optimum.
+    S = C (H + damping * mean(diag H))^-1; a part of the way is W + strength * W S.
     H, C  [cols, cols] float64
     Source: arXiv 2504.09629 (QEP), arXiv 2504.02692 (GPTAQ), arXiv 2505.11695 (Qronos): one target, three routes.
     """
     mean = H.diagonal().mean()
-    if strength == 0 or mean <= 0:
-        return W
+    if mean <= 0:
+        return torch.zeros(H.shape)
     damped = H + damping * mean * torch.eye(H.shape[0], dtype=H.dtype)
-    solved = torch.linalg.solve(damped, C.T).T  # C H_d^-1, because H_d is symmetric
-    return (W + strength * (W.double() @ solved)).float()
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed.item():
+        return torch.zeros(H.shape)  # a target that cannot be found is not shifted
+    return torch.cholesky_solve(C.T, factor).T.float()  # H_d is symmetric

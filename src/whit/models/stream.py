@@ -62,7 +62,7 @@ class BlockStream:
         """
         config, cls = config_and_class(model)
         with quiet(), torch.device("meta"):
-            module = cls._from_config(config, attn_implementation="eager")
+            module = cls._from_config(config, attn_implementation="eager", experts_implementation="eager")
         self._module: PreTrainedModel = module.eval().requires_grad_(False)
         self._read, self._label = read, model.label
         depth = config.get_text_config().num_hidden_layers

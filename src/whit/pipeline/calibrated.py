@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from whit.calibration.moments import Moments, shifted_target
+from whit.calibration.moments import Moments, target_shift
 from whit.grids.grid import Adaptive
 from whit.grids.quantized import QuantizedTensor
 from whit.models.architecture import GGUFView
@@ -52,6 +52,7 @@ class CalibratedRun:
         self._stream = BlockStream(model, self._links.read)
         self._tell = progress or (lambda done, total, what: None)
         self._curved: dict[int, Curvature] = {}
+        self._shifts: dict[int, Tensor] = {}
         self.losses: list[TensorLoss] = []
 
     def tensors(self) -> Iterator[Written]:
@@ -82,6 +83,7 @@ class CalibratedRun:
                 stream.run(index, window)
             taps.forget()
         self._curved.clear()
+        self._shifts.clear()
         for name in links.gguf_names(prefix):
             step = self._steps.pop(name)
             yield name, self._rounded(step, [taps.of(slot) for slot in links.slots(name)], install=True)
@@ -109,6 +111,8 @@ class CalibratedRun:
         if not step.needs_moments:
             yield from plain_bytes(step)
             return
+        if len(step.tensor.shape) == 2:  # parts of one matrix, such as q, k and v, are given the same input
+            moments = moments[:1]
         pieces, decoded = self._matrices(step), []
         for W, seen in zip(pieces, moments, strict=True):
             quantized = self._one(step, W, seen)
@@ -130,13 +134,14 @@ class CalibratedRun:
         effort, grid = self._calibration.effort, cast(Adaptive, step.kind.grid)
         if moments is None or moments.n_tokens == 0:
             c = curvature(torch.zeros(W.shape[1], W.shape[1]))
-            note = "no calibration token came here" if moments else "an embedding: all columns count the same"
+            inside = step.tensor.name.startswith("blk.")
+            note = "no calibration token came here" if inside else "an embedding: all columns count the same"
         else:
             moments.check(step.tensor.name)
             c = self._curvature(moments)
             note = c.note
             if moments.C is not None:
-                W = shifted_target(W, moments.H, moments.C, self._calibration.strength, effort.damping)
+                W = torch.addmm(W, W, self._shift(moments, moments.C), alpha=self._calibration.strength)
         try:
             quantized = METHODS[step.rounding](W, grid, c, effort)
             plain = nearest(W, grid)
@@ -153,6 +158,12 @@ class CalibratedRun:
         if id(moments) not in self._curved:
             self._curved[id(moments)] = curvature(moments.H, self._calibration.effort.damping)
         return self._curved[id(moments)]
+
+    def _shift(self, moments: Moments, C: Tensor) -> Tensor:
+        """As above."""
+        if id(moments) not in self._shifts:
+            self._shifts[id(moments)] = target_shift(moments.H, C, self._calibration.effort.damping)
+        return self._shifts[id(moments)]
 
 
 class _Taps:
