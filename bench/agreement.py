@@ -31,7 +31,7 @@ def main() -> None:
     for recipe in ("f32", "q8_0", "q4_0"):
         path = source if recipe == "f32" else WORK / f"{recipe}.gguf"
         if recipe != "f32":
-            run(whit, "quantize", source, "--recipe", recipe, "-o", path, "--force")
+            run(whit, "quantize", source, "--recipe", recipe, "--rounding", "nearest", "-o", path, "--force")
         ours = json.loads(
             run(whit, "eval", path, "--against", source, "--text", text, "--windows", str(WINDOWS), "--json").output
         )

@@ -27,7 +27,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     peaks: dict[str, int] = {}
     for recipe in ("q8_0", "q4_0", "f16"):
-        quantize = (whit, "quantize", "--recipe", recipe, "-o", out)
+        quantize = (whit, "quantize", "--recipe", recipe, "--rounding", "nearest", "-o", out)
         commands = {
             "llama.cpp": (llama_cpp("llama-quantize"), source, out, recipe.upper(), THREADS),
             "gguf": (*quantize, source),

@@ -32,7 +32,7 @@ def broken(llama: Path, tmp_path: Path) -> Path:
 
 
 def quantize(model: Path | str, out: Path, *more: str) -> int:
-    return run(["quantize", str(model), "--recipe", "q8_0", "-o", str(out), *more])
+    return run(["quantize", str(model), "--recipe", "q8_0", "--rounding", "nearest", "-o", str(out), *more])
 
 
 def refused(capsys: pytest.CaptureFixture[str], status: int, *words: str) -> None:
@@ -165,7 +165,7 @@ def test_an_interrupt_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("whit.pipeline.quantize._check_finite", interrupted)
+    monkeypatch.setattr("whit.pipeline.plain.check_finite", interrupted)
     assert quantize(llama, tmp_path / "out.gguf") == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

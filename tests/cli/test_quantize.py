@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,40 @@ def test_quantizing_a_quantized_file_warns(llama: Path, tmp_path: Path, capsys: 
     assert run(["quantize", str(llama), "--recipe", "q8_0", "-o", str(tmp_path / "a.gguf")]) == 0
     assert run(["quantize", str(tmp_path / "a.gguf"), "--recipe", "q4_0", "-o", str(tmp_path / "b.gguf")]) == 0
     assert "already quantized (Q8_0)" in capsys.readouterr().out
+
+
+def test_the_report_says_what_every_tensor_lost(llama: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "a.gguf", tmp_path / "a.json"
+    arguments = ["--recipe", "q4_0", "--windows", "4", "--preset", "fast", "--report", str(report)]
+    assert run(["quantize", str(llama), "-o", str(out), *arguments]) == 0
+    content = json.loads(report.read_text())
+    assert content["bytes"] == out.stat().st_size
+    assert "calibration half of the documentation" in content["calibration"]
+    losses = {each["name"]: each for each in content["tensors"]}
+    assert losses["blk.0.attn_q.weight"]["loss"] < losses["blk.0.attn_q.weight"]["plain"]
+    assert losses["blk.0.attn_q.weight"]["n_tokens"] == 4 * 128  # what the model reads at once
+
+
+def test_calibration_takes_a_text_of_ones_own(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("A text of my own about nothing much. " * 200)
+    assert run(["quantize", str(llama), "--recipe", "q4_0", "--calib", str(text), "-o", str(tmp_path / "a.gguf")]) == 0
+    assert "mine.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "heroic"], "no preset called 'heroic'. Known presets: fast, balanced, best"),
+        (["--rounding", "magic"], "no rounding called 'magic'"),
+        (["--set", "blk.9.attn_q=q8_0"], "blk.9.attn_q.weight matches no tensor"),
+        (["--calib", "missing.txt"], "missing.txt: cannot be read"),
+    ],
+)
+def test_bad_choices_are_explained(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    out = tmp_path / "a.gguf"
+    assert run(["quantize", str(llama), "--recipe", "q4_0", "-o", str(out), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

@@ -16,17 +16,20 @@ from torch import Tensor
 from whit.calibration.text import default_text, windows
 from whit.cli.eval import DEFAULT_WINDOWS
 from whit.cli.progress import progress_bar
+from whit.cli.quantize import calibration_for
 from whit.evaluation.compare import FinalStates, compare_states, final_states
 from whit.evaluation.divergence import Comparison
 from whit.models.builtin import SMOLLM2
 from whit.models.model import Model
 from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer
+from whit.pipeline.effort import Calibration
 from whit.pipeline.quantize import Result, write_gguf
 from whit.recipes.named import recipe_named
 from whit.runtime.generate import generate
 
 RECIPES = ("q8_0", "q4_0")
+PRESET = "fast"
 PROMPT = "Why is the sky blue?"
 N_TOKENS = 64
 
@@ -59,18 +62,28 @@ def command(
         console.print(f"Measured on {len(used)} windows of 512 tokens: {text.description}.\n", soft_wrap=True)
         with progress_bar("reading with the original") as progress:
             reference = final_states(model, used, progress)
-        rows = [_row(console, model, reference, used, recipe, folder) for recipe in RECIPES]
+        calibration = calibration_for(model, PRESET)
+        rows = [_row(console, model, reference, used, recipe, folder, calibration) for recipe in RECIPES]
     _print(console, model, rows)
     console.print(f"\n{time.perf_counter() - started:.0f} s in all. KL is the mean divergence from the original's")
     console.print("predictions, in nats per token; same top is how often both prefer the same next token.")
     _print_next(console, rows, keep)
 
 
-def _row(console: Console, model: Model, reference: FinalStates, used: Tensor, recipe: str, folder: Path) -> Row:
+def _row(
+    console: Console,
+    model: Model,
+    reference: FinalStates,
+    used: Tensor,
+    recipe: str,
+    folder: Path,
+    calibration: Calibration,
+) -> Row:
     started = time.perf_counter()
     path = folder / f"{SMOLLM2}.{recipe}.gguf"
     with progress_bar(f"{recipe}: quantizing") as progress:
-        written = write_gguf(model, recipe_named(recipe), path, overwrite=True, progress=progress)
+        named = recipe_named(recipe, "feedback")
+        written = write_gguf(model, named, path, overwrite=True, progress=progress, calibration=calibration)
     with progress_bar(f"{recipe}: reading") as progress:
         candidate = final_states(open_model(path), used, progress)
     with progress_bar(f"{recipe}: comparing") as progress:
@@ -112,6 +125,6 @@ def _print_next(console: Console, rows: list[Row], keep: Path | None) -> None:
     if not keep:
         console.print(f"  whit quantize {SMOLLM2} --recipe q8_0 -o {where}", soft_wrap=True)
     console.print(f'  whit run {where} "Tell me a story."', soft_wrap=True)
-    console.print(f"  whit quantize {SMOLLM2} --recipe q4_0 --rounding search -o better.gguf", soft_wrap=True)
+    console.print(f"  whit quantize {SMOLLM2} --recipe q4_k_m -o better.gguf", soft_wrap=True)
     console.print(f"  whit eval better.gguf --against {SMOLLM2}", soft_wrap=True)
     console.print("  whit quantize FOLDER --recipe q8_0 -o YOURS.gguf     your own model", soft_wrap=True)

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from whit.calibration.text import WINDOW, documentation_text, read_text
+from whit.calibration.text import windows as cut
 from whit.checkpoints.atomic import whole_file
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
@@ -19,8 +21,9 @@ from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
-from whit.pipeline.quantize import Result, write_gguf
+from whit.pipeline.quantize import Result, plan_gguf, write_gguf
 from whit.recipes.named import RECIPES, recipe_named
+from whit.recipes.recipe import Recipe
 from whit.rounding.methods import METHODS, check_rounding
 from whit.rounding.nearest import ROUNDINGS
 
@@ -60,7 +63,7 @@ def command(
     chosen = recipe_named(recipe, rounding, pure, settings or ())
     opened = open_model(model)
     needed = rounding in METHODS and recipe.lower() not in FLOAT_GRIDS
-    calibration = _calibration(opened, preset, calib, windows) if needed else None
+    calibration = calibration_for(opened, preset, _longest(opened, chosen), calib, windows) if needed else None
     if calibration:
         console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
     with progress_bar("quantizing") as progress:
@@ -77,15 +80,27 @@ def command(
     console.print(f"Next: whit eval {out} --against {model}", soft_wrap=True)
 
 
-def _calibration(model: Model, preset: str, path: Path | None, limit: int | None) -> Calibration:
-    """The calibration text in windows. Raises TextError when it is too short for one."""
-    from whit.calibration.text import documentation_text, read_text
-    from whit.calibration.text import windows as cut
+def _longest(model: Model, recipe: Recipe) -> int:
+    """Tokens that the model reads at once."""
+    metadata = plan_gguf(model, recipe).metadata
+    return int(metadata.get(f"{metadata['general.architecture']}.context_length", WINDOW))
+
+
+def calibration_for(
+    model: Model, preset: str, longest: int = WINDOW, path: Path | None = None, limit: int | None = None
+) -> Calibration:
+    """The calibration text in windows.
+
+    longest  tokens that the model reads at once
+    path     a text file, Python's documentation when None
+    limit    windows, the preset's number when None
+    Raises TextError when the text is too short for one window.
+    """
     from whit.models.tokenizer import load_tokenizer  # it imports transformers, which takes seconds
 
     work = PRESETS[preset]
     text = read_text(path) if path else documentation_text("calibration")
-    ids = cut(load_tokenizer(model).encode(text.content), limit=limit or work.windows)
+    ids = cut(load_tokenizer(model).encode(text.content), min(WINDOW, longest), limit or work.windows)
     n, length = ids.shape
     source = f"{n} windows of {length} tokens: {text.description}"
     return Calibration(ids, work.strength, work.effort, source)

@@ -67,7 +67,7 @@ class _Promise:
                 raise self._errors.first
             try:
                 W = self._source.read(self._name)
-                _check_finite(W, self._name, self._label)
+                check_finite(W, self._name, self._label)
                 return W
             except Exception as error:
                 self._errors.first = error
@@ -194,7 +194,8 @@ def config_and_class(model: Model) -> tuple[PreTrainedConfig, type[PreTrainedMod
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _check_finite(W: Tensor, name: str, label: str) -> None:
+def check_finite(W: Tensor, name: str, label: str) -> None:
+    """Raise BadWeightsError when W holds NaN or infinities."""
     finite = torch.isfinite(W)
     if not finite.all():
         first = (~finite).flatten().nonzero()[0].item()

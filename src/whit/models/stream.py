@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from whit.errors import ModelError
 from whit.models.model import Model
-from whit.models.skeleton import config_and_class, quiet
+from whit.models.skeleton import check_finite, config_and_class, quiet
 
 Read = Callable[[str, tuple[int, ...]], Tensor]  # name and shape of a parameter -> its values
 
@@ -141,6 +141,7 @@ class BlockStream:
                     continue
                 full = prefix + (f"{name}.{key}" if name else key)
                 values = self._read(full, tuple(parameter.shape)).to(torch.float32)
+                check_finite(values, full, self._label)
                 setattr(module, key, nn.Parameter(values, requires_grad=False))
 
 
