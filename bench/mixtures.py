@@ -29,6 +29,8 @@ MODELS = {  # tiny model, blocks, attention heads, key/value heads, experts, tie
     "experts": ("mixtral", 8, 4, 2, 8, False),
 }
 
+NEED_IMPORTANCE = ("q2_k_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs")
+
 
 def main() -> None:
     """Write the fixture."""
@@ -50,7 +52,7 @@ def main() -> None:
             _matrix(GGUFFile(source), folder / "imatrix.gguf")
             for recipe in BASE:
                 for importance in (False, True):
-                    if recipe == "q2_k_s" and not importance:
+                    if recipe in NEED_IMPORTANCE and not importance:
                         continue  # llama.cpp refuses
                     out = folder / "out.gguf"
                     matrix = ("--imatrix", folder / "imatrix.gguf") if importance else ()

@@ -54,7 +54,7 @@ class Float:
         """No parameters."""
         return {}
 
-    def round(self, W: Tensor, params: Params) -> Tensor:
+    def round(self, W: Tensor, params: Params, weights: Tensor | None = None) -> Tensor:
         """Round to nearest even. Raises OverflowError when a finite weight becomes infinite."""
         codes = W.to(self.dtype)
         if self.dtype == torch.float16 and not torch.isfinite(codes).all():

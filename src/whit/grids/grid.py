@@ -76,8 +76,11 @@ class Grid(Protocol):
         """The parameters as a file holds them; raises OverflowError when one leaves its dtype's range."""
         ...
 
-    def round(self, W: Tensor, params: Params) -> Tensor:
-        """Codes of the levels nearest to W under these parameters."""
+    def round(self, W: Tensor, params: Params, weights: Tensor | None = None) -> Tensor:
+        """Codes of the levels nearest to W under these parameters.
+
+        weights  as for `search`; where a code is one weight they do not matter
+        """
         ...
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -87,11 +90,6 @@ class Grid(Protocol):
 
 class Adaptive(Grid, Protocol):
     """A grid that error feedback and polish can work on: its blocks are choices that may wait for each other."""
-
-    @property
-    def levels(self) -> Levels:
-        """The level set that all inner spans share."""
-        ...
 
     def effective(self, params: Params) -> tuple[Tensor, Tensor | None]:
         """Per inner span [rows, cols // inner], float32: scale and offset, value = scale * level + offset."""
@@ -112,4 +110,25 @@ class Adaptive(Grid, Protocol):
 
         decoded = sum over parameters of the parameter, repeated over its outer span, times its basis.
         """
+        ...
+
+
+class Scalar(Adaptive, Protocol):
+    """An adaptive grid with a code per weight."""
+
+    @property
+    def levels(self) -> Levels:
+        """The level set that all inner spans share."""
+        ...
+
+
+class Vector(Adaptive, Protocol):
+    """An adaptive grid with a code per step of several weights."""
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The points [n, step] float32 that codes [n] stand for."""
+        ...
+
+    def nearest_under(self, x: Tensor, P: Tensor) -> Tensor:
+        """Codes [n] of the points nearest to x [n, step] in the metric P [step, step]."""
         ...

@@ -100,11 +100,12 @@ class Integers:
 class Table:
     """Arbitrary levels in ascending order, at most 256 of them (IQ4_NL's sixteen, for example).
 
-    `name` stands for the numbers in print.
+    `name` stands for the numbers in print; rounding chooses among the first `usable` of them (all when None).
     """
 
     name: str
     numbers: tuple[float, ...]
+    usable: int | None = None
 
     def __post_init__(self) -> None:
         if list(self.numbers) != sorted(set(self.numbers)) or not 2 <= len(self.numbers) <= 256:
@@ -126,12 +127,12 @@ class Table:
     @property
     def high(self) -> float:
         """The last level."""
-        return self.numbers[-1]
+        return self._chosen[-1]
 
     @property
     def mirrored(self) -> bool:
         """True when the negatives are the same set."""
-        return all(a == -b for a, b in zip(self.numbers, reversed(self.numbers), strict=True))
+        return all(a == -b for a, b in zip(self._chosen, reversed(self._chosen), strict=True))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Index of the nearest level; a tie goes to the lower one."""
@@ -149,9 +150,14 @@ class Table:
     def _levels(self) -> Tensor:
         return torch.tensor(self.numbers, dtype=torch.float32)
 
+    @property
+    def _chosen(self) -> tuple[float, ...]:
+        return self.numbers[: self.usable]
+
     @cached_property
     def _middles(self) -> Tensor:
-        return (self._levels[1:] + self._levels[:-1]) / 2
+        levels = torch.tensor(self._chosen, dtype=torch.float32)
+        return (levels[1:] + levels[:-1]) / 2
 
     @cached_property
     def _halves(self) -> tuple[Tensor | None, int]:

@@ -7,6 +7,7 @@ import torch
 from whit.errors import RecipeError
 from whit.grids.floats import Float
 from whit.grids.grid import Grid
+from whit.grids.lattice import Lattice
 from whit.grids.levels import Integers, Table
 from whit.grids.scaled import Offset, PerChannel, PerGroup, PerTensor, Scaled, integer_grid
 from whit.grids.superblock import Superblock
@@ -15,6 +16,11 @@ from whit.grids.superblock import Superblock
 IQ4_NL_LEVELS = Table(
     "iq4_nl", (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 )  # fmt: skip
+
+# FP4 (E2M1): two exponent bits, one of the mantissa. Minus zero is another name for zero.
+FP4_LEVELS = Table("fp4", (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6))
+# Three levels in two bits: the fourth code may be in a file and is decoded, but nothing is rounded to it.
+TERNARY_LEVELS = Table("ternary", (-1, 0, 1, 2), usable=3)
 
 _GGML_GROUP = PerGroup(32)
 
@@ -34,6 +40,14 @@ GRIDS: dict[str, Grid] = {
     "q5_k": Superblock(Integers(5, 0), 32, 0, 63, minimum=True),
     "q6_k": Superblock(Integers(6, 32), 16, -128, 127),
     "iq4_xs": Superblock(IQ4_NL_LEVELS, 32, -32, 31),
+    "iq2_xxs": Lattice("iq2_xxs", 8, 8, True, 32, 1 / 8),
+    "iq2_xs": Lattice("iq2_xs", 8, 9, True, 16, 1 / 8),
+    "iq2_s": Lattice("iq2_s", 8, 10, False, 16, 1 / 8),
+    "iq3_xxs": Lattice("iq3_xxs", 4, 8, True, 32, 1 / 4),
+    "iq3_s": Lattice("iq3_s", 4, 9, False, 32, 1.0),
+    "mxfp4": Scaled(FP4_LEVELS, _GGML_GROUP, scale_dtype=torch.float8_e8m0fnu),
+    "tq2_0": Scaled(TERNARY_LEVELS, PerGroup(256)),
+    "tq1_0": Scaled(Table("trits", (-1, 0, 1)), PerGroup(256), code_bits=52 * 8 / 256),
     **{f"int{b}": integer_grid(b, PerChannel(), symmetric=True) for b in range(2, 9)},
     **{f"int{b}-asym": integer_grid(b, PerChannel(), symmetric=False) for b in range(2, 9)},
     **{f"int{b}-tensor": integer_grid(b, PerTensor(), symmetric=True) for b in range(2, 9)},

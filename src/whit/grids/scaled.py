@@ -35,6 +35,7 @@ class PerGroup:
     size: int
 
 
+POWER_OF_TWO = torch.float8_e8m0fnu
 Scheme = PerTensor | PerChannel | PerGroup
 
 
@@ -54,12 +55,14 @@ class Scaled:
     scheme       which weights share a scale
     offset       what is stored besides the scale
     scale_dtype  dtype in which the file stores the scale (and the minimum)
+    code_bits    bits of a stored code where that is no whole number
     """
 
     levels: Levels
     scheme: Scheme
     offset: Offset = Offset.NONE
     scale_dtype: torch.dtype = torch.float16
+    code_bits: float | None = None
 
     def __post_init__(self) -> None:
         if self.offset is not Offset.NONE and not (isinstance(self.levels, Integers) and self.levels.zero == 0):
@@ -83,9 +86,10 @@ class Scaled:
         """Code bits plus this row's share of scales and offsets; a per-tensor scale counts as nothing."""
         if isinstance(self.scheme, PerTensor):
             return float(self.levels.bits)
+        code_bits = self.levels.bits if self.code_bits is None else self.code_bits
         scale_bits = torch.finfo(self.scale_dtype).bits
         offset_bits = {Offset.NONE: 0, Offset.MINIMUM: scale_bits, Offset.ZERO_POINT: self.levels.bits}[self.offset]
-        return self.levels.bits + (scale_bits + offset_bits) / self.spans(cols)[0]
+        return code_bits + (scale_bits + offset_bits) / self.spans(cols)[0]
 
     def code_spec(self, shape: tuple[int, int]) -> Spec:
         """uint8, one code per weight."""
@@ -110,11 +114,15 @@ class Scaled:
 
         Without an offset the weight of largest magnitude lands on the level of largest magnitude, sign included,
         so that an asymmetric level set is used to its longer end.
-        Source: the reference encoders of GGML (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0).
+        Source: the reference encoders of GGML (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0); OCP Microscaling Formats 1.0, 6.3.
         """
         x = self._blocks(W)  # [n_rows, n_groups, size]
         if self.offset is Offset.NONE:
-            return {"scale": self._largest(x) / self._anchor}
+            largest = self._largest(x)
+            if self.scale_dtype is POWER_OF_TWO:  # the exponents of both, whatever the fractions: the MX rule
+                exponent = _exponent(largest) - _exponent(torch.tensor(float(self.levels.high)))
+                return {"scale": torch.ldexp(torch.ones_like(largest), exponent)}
+            return {"scale": largest / self._anchor}
         low, high = _range(x)
         if self.offset is Offset.MINIMUM:
             return {"scale": (high - low) / self.levels.high, "minimum": low}
@@ -148,7 +156,7 @@ class Scaled:
                 )
         return stored
 
-    def round(self, W: Tensor, params: Params) -> Tensor:
+    def round(self, W: Tensor, params: Params, weights: Tensor | None = None) -> Tensor:
         """uint8 codes [rows, cols] nearest to W; `params` may be unrounded (`fit`) or stored."""
         return self.round_blocks(self._blocks(W), params).view(W.shape)
 
@@ -226,6 +234,11 @@ class Scaled:
 def _range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest of each group; two reductions are six times faster than `aminmax` over short groups."""
     return x.amin(-1), x.amax(-1)
+
+
+def _exponent(value: Tensor) -> Tensor:
+    """floor(log2(value)) + 1, for positive values."""
+    return torch.frexp(value).exponent
 
 
 def _inverse(scale: Tensor) -> Tensor:

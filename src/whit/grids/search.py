@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # scaled.py calls these functions; they only need its type
 
 N_RANGES = 13  # with a minimum, whose range has two ends
 N_SCALES = 7  # without: more bring less than a thousandth
+POWERS = [1.0, 0.5, 2.0]
 LARGE_GROUP = 64  # wider groups have outliers relative to their spread, so stronger clipping can pay
 
 
@@ -35,13 +36,14 @@ def _range_factors(bits: int, size: int, n_ranges: int = N_RANGES) -> list[float
 def search_scale(x: Tensor, importance: Tensor, start: Mapping[str, Tensor], grid: Scaled) -> dict[str, Tensor]:
     """Best stored scale without an offset; both signs when the level set is not symmetric about zero."""
     signs = (1.0,) if grid.levels.mirrored else (1.0, -1.0)
-    factors = _range_factors(grid.levels.bits, x.shape[-1], N_SCALES)
+    powers = torch.finfo(grid.scale_dtype).eps == 1  # scales that are powers of two: the next ones are far away
+    factors = POWERS if powers else _range_factors(grid.levels.bits, x.shape[-1], N_SCALES)
 
     def candidates() -> Iterable[dict[str, Tensor]]:
         for sign in signs:
             for factor in factors:
                 rough = {"scale": start["scale"] * (sign * factor)}
-                if factor == 1.0:
+                if factor == 1.0 or powers:
                     yield rough
                 levels = grid.levels.values(grid.round_blocks(x, rough))
                 yield {"scale": _ratio((importance * x * levels).sum(-1), (importance * levels**2).sum(-1), rough)}

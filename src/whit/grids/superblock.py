@@ -142,7 +142,7 @@ class Superblock:
                 raise OverflowError(f"a {name} does not fit float16")
         return params
 
-    def round(self, W: Tensor, params: Params) -> Tensor:
+    def round(self, W: Tensor, params: Params, weights: Tensor | None = None) -> Tensor:
         """uint8 codes [rows, cols]."""
         return self._codes(self._sub_blocks(W), self._blocks(params)).view(W.shape)
 

@@ -16,8 +16,11 @@ from whit.grids.floats import Float
 from whit.grids.grid import Grid
 from whit.grids.named import GRIDS
 from whit.grids.quantized import QuantizedTensor
+from whit.layouts import ggml_lattice
 from whit.layouts.ggml_fields import (
+    EXPONENT,
     FIFTH_BITS,
+    FP4_NIBBLES,
     IQ4_SUBS,
     MINIMUM,
     Q2_SUBS,
@@ -28,6 +31,7 @@ from whit.layouts.ggml_fields import (
     Q6_SUBS,
     SCALE,
     SIGNED_BYTES,
+    TRITS,
     Field,
     nibbles,
     pairs,
@@ -75,8 +79,8 @@ class GGMLType:
             raise ValueError(f"{self.name} holds {self.grid}, not {quantized.grid}")
         if not self.fields:
             return quantized.codes.contiguous().view(-1).view(torch.uint8)
-        n = quantized.codes.numel() // self.block
-        block = {"codes": quantized.codes.reshape(n, self.block)}
+        n = quantized.codes.numel() * self.grid.step // self.block
+        block = {"codes": quantized.codes.reshape(n, -1)}
         for name, value in quantized.params.items():
             block[name] = value.reshape(n) if value.numel() == n else value.reshape(n, -1)
         return torch.cat([field.pack(block) for field in self.fields], dim=1).view(-1)
@@ -91,7 +95,7 @@ class GGMLType:
         for field, piece in zip(self.fields, raw.view(-1, self.block_bytes).split(self._sizes, dim=1), strict=True):
             for name, value in field.unpack(piece).items():
                 parts[name] = parts[name] | value if name in parts else value  # codes may be spread over fields
-        codes = parts.pop("codes").reshape(shape)
+        codes = parts.pop("codes").reshape(self.grid.code_spec(shape).shape)
         params = {name: value.reshape(shape[0], -1) for name, value in parts.items()}
         return QuantizedTensor(self.grid, shape, codes, params)
 
@@ -116,6 +120,14 @@ _TYPES = (
     GGMLType("Q5_K", 13, GRIDS["q5_k"], SUPERBLOCK, (SCALE, MINIMUM, Q4_SUBS, Q5_BITS, nibbles(256, 64))),
     GGMLType("Q6_K", 14, GRIDS["q6_k"], SUPERBLOCK, (Q6_LOW, pairs(256, 128, 4), Q6_SUBS, SCALE)),
     GGMLType("IQ4_XS", 23, GRIDS["iq4_xs"], SUPERBLOCK, (SCALE, IQ4_SUBS, nibbles(256, 32))),
+    GGMLType("MXFP4", 39, GRIDS["mxfp4"], BLOCK, (EXPONENT, FP4_NIBBLES)),
+    GGMLType("TQ1_0", 34, GRIDS["tq1_0"], SUPERBLOCK, (TRITS, SCALE)),
+    GGMLType("TQ2_0", 35, GRIDS["tq2_0"], SUPERBLOCK, (pairs(256, 128, 0), SCALE)),
+    GGMLType("IQ2_XXS", 16, GRIDS["iq2_xxs"], SUPERBLOCK, (SCALE, *ggml_lattice.IQ2_XXS_FIELDS)),
+    GGMLType("IQ2_XS", 17, GRIDS["iq2_xs"], SUPERBLOCK, (SCALE, *ggml_lattice.IQ2_XS_FIELDS)),
+    GGMLType("IQ2_S", 22, GRIDS["iq2_s"], SUPERBLOCK, (SCALE, *ggml_lattice.IQ2_S_FIELDS)),
+    GGMLType("IQ3_XXS", 18, GRIDS["iq3_xxs"], SUPERBLOCK, (SCALE, *ggml_lattice.IQ3_XXS_FIELDS)),
+    GGMLType("IQ3_S", 21, GRIDS["iq3_s"], SUPERBLOCK, (SCALE, *ggml_lattice.IQ3_S_FIELDS)),
 )
 GGML_TYPES: dict[str, GGMLType] = {kind.name: kind for kind in _TYPES}
 

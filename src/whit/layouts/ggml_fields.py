@@ -189,3 +189,44 @@ def _unpack_q6_low(raw: Tensor) -> Tensor:
 
 
 Q6_LOW = _codes(128, _pack_q6_low, _unpack_q6_low)
+
+
+# MXFP4: the scale is a power of two, stored as the exponent of float32.
+EXPONENT = Field(
+    1,
+    lambda block: block["scale"].contiguous().view(torch.uint8).view(-1, 1),
+    lambda raw: {"scale": raw.contiguous().view(torch.float8_e8m0fnu).view(-1)},
+)
+# FP4 codes have a sign bit over the magnitude's three; in a level table they are in ascending order.
+_FP4 = torch.tensor([15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7], dtype=torch.uint8)
+_FP4_ORDER = torch.tensor([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0], dtype=torch.uint8)
+_NIBBLES = nibbles(32, 32)
+FP4_NIBBLES = Field(
+    16,
+    lambda block: _NIBBLES.pack({"codes": _FP4[block["codes"].int()]}),
+    lambda raw: {"codes": _FP4_ORDER[_NIBBLES.unpack(raw)["codes"].int()]},
+)
+
+# TQ1_0: five trits to a byte, as the fraction t/243 rounded up to t/256: multiplying by three shifts the next one out.
+# Weights 0..159 in 32 bytes, 160..239 in 16, the last 16 in four bytes of four.
+_TRIT_RUNS = ((0, 5, 32), (160, 5, 16), (240, 4, 4))
+_POWERS = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32)
+
+
+def _pack_trits(codes: Tensor) -> Tensor:
+    parts = []
+    for start, n, width in _TRIT_RUNS:
+        run = codes[:, start : start + n * width].view(-1, n, width).int()
+        parts.append(((run * _POWERS[:n, None]).sum(1) * 256 + 242) // 243)
+    return torch.cat(parts, dim=1).to(torch.uint8)
+
+
+def _unpack_trits(raw: Tensor) -> Tensor:
+    parts = []
+    for (_, n, _), piece in zip(_TRIT_RUNS, raw.split((32, 16, 4), dim=1), strict=True):
+        shifted = (piece[:, None].int() * _POWERS.flip(0)[:n, None]) & 255
+        parts.append(((shifted * 3) >> 8).flatten(1))
+    return torch.cat(parts, dim=1).to(torch.uint8)
+
+
+TRITS = _codes(52, _pack_trits, _unpack_trits)

@@ -22,13 +22,19 @@ from whit.rounding.methods import METHODS
 
 FLOAT_GRIDS = ("f32", "f16", "bf16")
 # For rows that do not divide into superblocks of 256, llama.cpp's choice; documented in docs/formats.md.
-FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
+FALLBACKS = {
+    **{"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"},
+    **dict.fromkeys(("tq1_0", "tq2_0"), "q4_0"),
+    **dict.fromkeys(("iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), "iq4_nl"),
+}
 FALLBACK = "f16"  # for rows that no block divides
 # llama.cpp's numbers for its mixtures; a file of another mixture goes by the type that most of its weights have.
 FILE_TYPES = {
     **{"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "iq4_nl": 25},
     **{"q2_k": 10, "q2_k_s": 21, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q3_k": 12, "q4_k_s": 14, "q4_k_m": 15},
     **{"q4_k": 15, "q5_k_s": 16, "q5_k_m": 17, "q5_k": 17, "q6_k": 18, "iq4_xs": 30},
+    **{"iq2_xxs": 19, "iq2_xs": 20, "iq2_s": 28, "iq2_m": 29, "iq3_xxs": 23, "iq3_xs": 22, "iq3_s": 26, "iq3_m": 27},
+    **{"tq1_0": 36, "tq2_0": 37, "mxfp4_moe": 38, "mxfp4": 38},
 }
 
 

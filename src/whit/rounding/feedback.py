@@ -21,10 +21,10 @@ from torch import Tensor
 from whit.grids.grid import Adaptive, Params
 from whit.grids.quantized import QuantizedTensor
 from whit.rounding.curvature import Curvature
+from whit.rounding.steps import round_span
 
 Scales = Literal["search", "range"]
 
-CHUNK = 64  # columns between two matrix products when an inner span is wider
 ROWS = 8192  # rows at a time, which bounds memory
 
 
@@ -35,10 +35,7 @@ def feedback(W: Tensor, grid: Adaptive, c: Curvature, late: bool = True, scales:
     scales  "search" weighs errors on the compensated target; "range" takes the range rule on W itself, as GPTQ does
     Raises ValueError when cols does not fit the grid, OverflowError when a scale leaves its dtype.
     """
-    step = 1.0 / c.R.diagonal()
-    pull = c.R * step  # column i divided by R_ii
-    weights = c.R.diagonal().square()
-    parts = [_rows(part, grid, pull, weights, late and scales == "search", scales) for part in W.split(ROWS)]
+    parts = [_rows(part, grid, c.R, late and scales == "search", scales) for part in W.split(ROWS)]
     return stacked(parts)
 
 
@@ -51,12 +48,14 @@ def stacked(parts: list[QuantizedTensor]) -> QuantizedTensor:
     return QuantizedTensor(parts[0].grid, shape, torch.cat([part.codes for part in parts]), params)
 
 
-def _rows(W: Tensor, grid: Adaptive, pull: Tensor, weights: Tensor, late: bool, scales: Scales) -> QuantizedTensor:
+def _rows(W: Tensor, grid: Adaptive, R: Tensor, late: bool, scales: Scales) -> QuantizedTensor:
     rows, cols = W.shape
+    weights = R.diagonal().square()
+    pull = R / R.diagonal()  # column i divided by R_ii
     outer, *_, inner = (*grid.spans(cols), grid.spans(cols)[-1])
     Wt = W.T.contiguous()
     errors = torch.zeros_like(Wt)  # w - q of the columns that are done
-    codes = torch.empty(Wt.shape, dtype=torch.uint8)
+    codes = torch.empty(cols // grid.step, rows, dtype=grid.code_spec((rows, cols)).dtype)
     found: list[Params] = []
     for a in range(0, cols, outer):
         b = a + outer
@@ -70,37 +69,10 @@ def _rows(W: Tensor, grid: Adaptive, pull: Tensor, weights: Tensor, late: bool, 
                 target = Wt[start:stop] + pull[:start, start:stop].T @ errors[:start]
                 params = grid.late(target.T.contiguous(), weights[start:stop], params, j)
             scale, offset = (None if value is None else value[:, j].contiguous() for value in grid.effective(params))
-            for first in range(start, stop, CHUNK):
-                _columns(Wt, errors, codes, pull, (first, min(first + CHUNK, stop)), grid, cast(Tensor, scale), offset)
+            round_span(Wt, errors, codes, R, range(start, stop), grid, (cast(Tensor, scale), offset))
         found.append(params)
     params = {name: torch.cat([each[name] for each in found], dim=1) for name in found[0]}
     return QuantizedTensor(grid, (rows, cols), codes.T.contiguous(), params)
-
-
-def _columns(
-    Wt: Tensor,
-    errors: Tensor,
-    codes: Tensor,
-    pull: Tensor,
-    span: tuple[int, int],
-    grid: Adaptive,
-    scale: Tensor,
-    offset: Tensor | None,
-) -> None:
-    """Round the columns of one span in order, under one scale (and offset) per row."""
-    first, last = span
-    targets = torch.addmm(Wt[first:last], pull[:first, first:last].T, errors[:first])
-    inverse = inverted(scale)
-    for i in range(first, last):
-        target = targets[i - first]
-        if i > first:
-            target = torch.addmv(target, errors[first:i].T, pull[first:i, i])
-        x = target * inverse if offset is None else (target - offset).mul_(inverse)
-        codes[i] = grid.levels.nearest(x)
-        value = grid.levels.values(codes[i]).mul_(scale)
-        if offset is not None:
-            value += offset
-        torch.sub(Wt[i], value, out=errors[i])
 
 
 def searched(target: Tensor, grid: Adaptive, weights: Tensor) -> Params:
@@ -108,8 +80,3 @@ def searched(target: Tensor, grid: Adaptive, weights: Tensor) -> Params:
     rows = max(1, 32767 // target.shape[0])
     parts = [grid.search(part.T.contiguous(), weights) for part in target.split(rows, dim=1)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def inverted(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for a scale of zero."""
-    return torch.where(scale == 0, 0.0, 1.0 / scale).nan_to_num_(posinf=0.0, neginf=0.0)

@@ -59,7 +59,7 @@ def _plain(W: Tensor, grid: Grid) -> QuantizedTensor:
 
 def _searched(W: Tensor, grid: Grid, weights: Tensor | None) -> QuantizedTensor:
     params = grid.search(W, weights)
-    return QuantizedTensor(grid, _shape(W), grid.round(W, params), params)
+    return QuantizedTensor(grid, _shape(W), grid.round(W, params, weights), params)
 
 
 def _by_rows(W: Tensor, grid: Grid, rounded: Callable[[Tensor], QuantizedTensor]) -> QuantizedTensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from whit.grids.grid import Adaptive, Params
 from whit.grids.quantized import QuantizedTensor
 from whit.rounding.curvature import Curvature
-from whit.rounding.feedback import CHUNK, ROWS, inverted, stacked
+from whit.rounding.feedback import ROWS, stacked
+from whit.rounding.steps import descend_span
 
 
 def loss(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
@@ -65,27 +66,10 @@ def _descend(delta: Tensor, codes: Tensor, params: Params, grid: Adaptive, H: Te
     """One sweep over all columns; changes `codes` and `delta` [cols, rows] in place; whether any code changed."""
     cols = delta.shape[0]
     inner = grid.spans(cols)[-1]
-    scales, offsets = grid.effective(params)
+    scales, _ = grid.effective(params)
     changed = False
-    for first in range(0, cols, min(inner, CHUNK)):
-        last = min(first + min(inner, CHUNK), cols)
-        scale = scales[:, first // inner].contiguous()
-        offset = None if offsets is None else offsets[:, first // inner].contiguous()
-        inverse = inverted(scale)
-        gradient = H[first:last] @ delta  # [columns, rows]
-        for i in range(first, last):
-            k = i - first
-            old = grid.levels.values(codes[i]).mul_(scale)
-            wanted = torch.add(old, gradient[k], alpha=-1.0 / H[i, i].item())  # less offset, which cancels
-            code = grid.levels.nearest(wanted.mul_(inverse))
-            change = grid.levels.values(code).mul_(scale).sub_(old)
-            # the nearest level never raises the loss, except by a tie's rounding error
-            codes[i] = code
-            delta[i] += change
-            if i + 1 < last:
-                gradient[k + 1 :].addr_(H[i + 1 : last, i], change)
-            changed = changed or bool(change.any())
-        del offset
+    for n, first in enumerate(range(0, cols, inner)):
+        changed |= descend_span(delta, codes, H, range(first, first + inner), grid, scales[:, n].contiguous())
     return changed
 
 
