@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from whit.calibration.moments import Moments, target_shift
+from whit.calibration.moments import ENOUGH, Moments, pooled, target_shift
 from whit.errors import BadWeightsError
 
 
@@ -71,3 +71,32 @@ def test_without_a_difference_there_is_no_shift() -> None:
         moments.add(batch, batch)
     assert moments.C is not None
     assert torch.equal(target_shift(moments.H, moments.C, 0.01), torch.zeros(24, 24))
+
+
+def test_experts_with_enough_tokens_keep_their_moments_and_thin_ones_are_shrunk_to_the_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rich, thin, empty = Moments(8), Moments(8), Moments(8)
+    rich.add(torch.randn(ENOUGH * 8, 8, generator=generator))
+    thin.add(3 * torch.randn(4, 8, generator=generator))
+    first, second, third, fourth = pooled([rich, thin, empty, None])
+    assert first is rich
+    mean = (rich.H * rich.n_tokens + thin.H * thin.n_tokens) / (rich.n_tokens + thin.n_tokens)
+    assert second is not None
+    assert third is not None
+    assert fourth is not None
+    torch.testing.assert_close(second.H, (4 * thin.H + 8 * mean) / 12)
+    torch.testing.assert_close(third.H, mean)
+    torch.testing.assert_close(fourth.H, mean)
+    assert "backed by" in second.note
+    assert "no calibration token" in third.note
+    assert (second.n_tokens, third.n_tokens) == (4, 0)
+
+
+def test_experts_that_no_token_reached_at_all_stay_unknown() -> None:
+    assert pooled([None, None]) == [None, None]
+
+
+def test_an_importance_matrix_gives_a_diagonal() -> None:
+    moments = Moments.of_importance(torch.tensor([1.0, 4.0, 0.0]), 100)
+    assert torch.equal(moments.H, torch.tensor([1.0, 4.0, 0.0]).diag().double())
+    assert (moments.n_tokens, moments.n_dead) == (100, 1)

@@ -51,6 +51,29 @@ def test_calibration_takes_a_text_of_ones_own(llama: Path, tmp_path: Path, capsy
     assert "mine.txt" in capsys.readouterr().out
 
 
+def test_calibration_on_text_that_the_model_writes(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--recipe", "q4_0", "--calib", "sampled", "--windows", "3", "--preset", "fast"]
+    assert run(["quantize", str(llama), *arguments, "-o", str(tmp_path / "a.gguf")]) == 0
+    assert "3 windows of 128 tokens sampled from the model itself" in capsys.readouterr().out
+    assert run(["quantize", str(llama), *arguments, "-o", str(tmp_path / "b.gguf")]) == 0
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m.dat"])
+def test_an_importance_matrix_is_written_and_used(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    matrix, out = tmp_path / name, tmp_path / "a.gguf"
+    assert run(["imatrix", str(llama), "-o", str(matrix), "--windows", "4"]) == 0
+    assert "matrices, 512 tokens" in capsys.readouterr().out
+    assert run(["quantize", str(llama), "--recipe", "q4_0", "--imatrix", str(matrix), "-o", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"Calibrating on the importance matrix {matrix}" in shown
+    assert "Squared output error" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -58,6 +81,9 @@ def test_calibration_takes_a_text_of_ones_own(llama: Path, tmp_path: Path, capsy
         (["--rounding", "magic"], "no rounding called 'magic'"),
         (["--set", "blk.9.attn_q=q8_0"], "blk.9.attn_q.weight matches no tensor"),
         (["--calib", "missing.txt"], "missing.txt: cannot be read"),
+        (["--calib", "some/dataset"], "For a data set on the hub write hf:some/dataset"),
+        (["--imatrix", "missing.gguf"], "missing.gguf: no such file"),
+        (["--set", "blk.0.attn_q=int4"], "GGUF has no type for the grid int4"),
     ],
 )
 def test_bad_choices_are_explained(

@@ -10,10 +10,13 @@ from llamacpp import llama_cpp_logits
 from tiny import random_tokens, save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.checkpoints.gguf import GGUFFile
+from whit.checkpoints.imatrix import read_imatrix, write_imatrix
+from whit.errors import ModelError
 from whit.evaluation.compare import compare
 from whit.models.open import open_model
+from whit.models.skeleton import load_module
 from whit.pipeline.effort import Calibration
-from whit.pipeline.quantize import Result, write_gguf
+from whit.pipeline.quantize import Result, gather_importance, write_gguf
 from whit.recipes.named import recipe_named
 from whit.rounding.methods import Effort
 
@@ -91,6 +94,7 @@ def test_experts_that_no_token_reached_are_rounded_and_noted(tmp_path: Path) -> 
     unseen = [each for each in result.losses if not each.n_tokens and "exps" in each.name]
     assert unseen
     assert all("no calibration token" in each.note for each in unseen)
+    assert all(each.loss <= each.plain * (1 + 1e-6) for each in result.losses)
 
 
 def test_a_tied_head_is_rounded_for_the_final_hidden_states(tmp_path: Path) -> None:
@@ -99,3 +103,42 @@ def test_a_tied_head_is_rounded_for_the_final_hidden_states(tmp_path: Path) -> N
     head = next(each for each in result.losses if each.name == "token_embd.weight")
     assert head.n_tokens == text().numel()
     assert head.loss < head.plain
+
+
+def test_an_importance_matrix_is_enough_to_beat_plain_rounding(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path, **WIDE)
+    model = open_model(folder)
+    matrix = gather_importance(model, text(), "random tokens")
+    write_imatrix(matrix, tmp_path / "m.gguf")
+    calibration = Calibration.on_importance(read_imatrix(tmp_path / "m.gguf"), Effort(sweeps=1), "a file")
+    for rounding in ("weighted", "feedback"):
+        recipe = recipe_named("q3_k_m", rounding)
+        result = write_gguf(model, recipe, tmp_path / "a.gguf", overwrite=True, calibration=calibration)
+        assert len(result.losses) == len(matrix.means) + 1  # the embedding is no matrix that inputs arrive at
+        known = [each for each in result.losses if each.n_tokens]
+        assert sum(each.loss for each in known) < sum(each.plain for each in known)
+        assert {each.n_tokens for each in known} == {text().numel()}
+
+
+def test_an_importance_matrix_holds_the_diagonal_of_the_moments_of_the_original(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path, **WIDE)
+    model = open_model(folder)
+    matrix = gather_importance(model, text(2), "random tokens")
+    module = load_module(model)
+    seen: list[torch.Tensor] = []
+    linear = module.get_submodule("model.layers.1.mlp.down_proj")
+    linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+    with torch.no_grad():
+        module(input_ids=text(2))
+    expected = torch.cat(seen).square().mean(0)
+    torch.testing.assert_close(matrix.means["blk.1.ffn_down.weight"][0], expected, rtol=1e-4, atol=1e-7)
+    assert matrix.counts["output.weight"].tolist() == [text(2).numel()]
+
+
+def test_an_importance_matrix_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = open_model(saved("llama", tmp_path, **WIDE))
+    matrix = gather_importance(model, text(1), "random tokens")
+    matrix.means["blk.0.attn_q.weight"] = torch.ones(1, 7)
+    calibration = Calibration.on_importance(matrix, Effort(), "a file")
+    with pytest.raises(ModelError, match=r"1 x 7 numbers for blk\.0\.attn_q\.weight, the model needs 1 x"):
+        write_gguf(model, recipe_named("q4_0", "weighted"), tmp_path / "a.gguf", calibration=calibration)

@@ -10,11 +10,14 @@ has 53, so the sum does not depend on the order of batches unless their magnitud
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from whit.errors import BadWeightsError
 
+ENOUGH = 4  # tokens per input from which on an expert's own moments are enough
 MAX_LOST = 0.001  # share of tokens with NaN or infinite inputs above which the statistics are refused
 
 
@@ -23,13 +26,29 @@ class Moments:
 
     n_tokens  tokens that were counted
     n_lost    tokens dropped because an input was NaN or infinite
+    note      what was unusual about them, else empty
     """
 
     def __init__(self, cols: int, shifted: bool = False) -> None:
         """cols  inputs of the layer; shifted  whether `add` is also given the original model's inputs."""
-        self.n_tokens, self.n_lost = 0, 0
+        self.n_tokens, self.n_lost, self.note = 0, 0, ""
+        self._backing = 0.0  # tokens that were not counted here but stand behind the sum
         self._sum = torch.zeros(cols, cols, dtype=torch.float64)
         self._shift = torch.zeros(cols, cols, dtype=torch.float64) if shifted else None
+
+    @classmethod
+    def of_importance(cls, mean: Tensor, n_tokens: int) -> Moments:
+        """What an importance matrix knows: mean squared inputs [cols], nothing of what they have in common."""
+        moments = cls(0)
+        moments.n_tokens, moments._sum = n_tokens, (mean.double() * n_tokens).diag()
+        return moments
+
+    def backed_by(self, others: Tensor, weight: float, note: str) -> Moments:
+        """These moments with `others` [cols, cols] (a mean of x x^T) counted as `weight` further tokens."""
+        backed = Moments(0)
+        backed.n_tokens, backed.n_lost, backed.note = self.n_tokens, self.n_lost, note
+        backed._sum, backed._backing = self._sum + weight * others, weight
+        return backed
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Count a batch.
@@ -50,7 +69,12 @@ class Moments:
     @property
     def H(self) -> Tensor:
         """[cols, cols] float64, mean of x x^T."""
-        return self._sum / max(1, self.n_tokens)
+        return self._sum / max(1, self.n_tokens + self._backing)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known."""
+        return self.n_tokens + self._backing == 0
 
     @property
     def C(self) -> Tensor | None:
@@ -75,6 +99,29 @@ class Moments:
                 f"{name}: {self.n_lost} of {total} calibration tokens gave NaN or infinite inputs. The model overflows "
                 "or is damaged; try another calibration text, or --rounding nearest, which needs none."
             )
+
+
+def pooled(experts: Sequence[Moments | None]) -> list[Moments | None]:
+    """The moments of a layer's experts, those of experts that saw few tokens shrunk towards the mean of all.
+
+    The mean counts as many tokens as there are inputs: (n H_e + cols H_mean) / (n + cols). An expert with at least
+    four tokens per input keeps its own.
+    """
+    seen = [each for each in experts if each is not None and each.n_tokens]
+    if not seen:
+        return list(experts)
+    mean = torch.stack([each._sum for each in seen]).sum(0) / sum(each.n_tokens for each in seen)
+    cols = mean.shape[0]
+    backed: list[Moments | None] = []
+    for each in experts:
+        n = 0 if each is None else each.n_tokens
+        if each is not None and n >= ENOUGH * cols:
+            backed.append(each)
+            continue
+        note = "no calibration token came here: moments of the other experts" if n == 0 else ""
+        note = note or f"fewer than {ENOUGH} tokens per input: backed by the other experts' moments"
+        backed.append((each or Moments(cols)).backed_by(mean, float(cols), note))
+    return backed
 
 
 def target_shift(H: Tensor, C: Tensor, damping: float) -> Tensor:

@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 from whit.calibration.text import default_text, windows
+from whit.cli.calibration import calibration_for
 from whit.cli.eval import DEFAULT_WINDOWS
 from whit.cli.progress import progress_bar
-from whit.cli.quantize import calibration_for
 from whit.evaluation.compare import FinalStates, compare_states, final_states
 from whit.evaluation.divergence import Comparison
 from whit.models.builtin import SMOLLM2

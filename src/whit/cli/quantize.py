@@ -12,18 +12,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from whit.calibration.text import WINDOW, documentation_text, read_text
-from whit.calibration.text import windows as cut
 from whit.checkpoints.atomic import whole_file
+from whit.checkpoints.imatrix import read_imatrix
+from whit.cli.calibration import CALIB_HELP, DEFAULT, calibration_for
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
-from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
-from whit.pipeline.quantize import Result, plan_gguf, write_gguf
+from whit.pipeline.quantize import Result, write_gguf
 from whit.recipes.named import RECIPES, recipe_named
-from whit.recipes.recipe import Recipe
 from whit.rounding.methods import METHODS, check_rounding
 from whit.rounding.nearest import ROUNDINGS
 
@@ -40,12 +38,12 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write.")],
     preset: Annotated[str, typer.Option(help=f"How much work: {', '.join(PRESETS)}.")] = DEFAULT_PRESET,
     rounding: Annotated[str, typer.Option(help=ROUNDING_HELP)] = "feedback",
-    calib: Annotated[
-        Path | None,
-        typer.Option(help="A text file to calibrate on; Python's own documentation when not given.", metavar="FILE"),
-    ] = None,
+    calib: Annotated[str, typer.Option(help=CALIB_HELP)] = DEFAULT,
     windows: Annotated[
-        int | None, typer.Option(help="Windows of 512 tokens to calibrate on, instead of the preset's number.")
+        int | None, typer.Option(min=1, help="Windows of 512 tokens to calibrate on, instead of the preset's number.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="An importance matrix of llama.cpp or `whit imatrix`, instead of a text.")
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -63,11 +61,16 @@ def command(
     chosen = recipe_named(recipe, rounding, pure, settings or ())
     opened = open_model(model)
     needed = rounding in METHODS and recipe.lower() not in FLOAT_GRIDS
-    calibration = calibration_for(opened, preset, _longest(opened, chosen), calib, windows) if needed else None
+    calibration: Calibration | None = None
+    if needed and imatrix:
+        importance = read_imatrix(imatrix)
+        calibration = Calibration.on_importance(importance, PRESETS[preset].effort, f"the importance matrix {imatrix}")
+    elif needed:
+        calibration = calibration_for(opened, preset, calib, windows)
     if calibration:
         console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
     with progress_bar("quantizing") as progress:
-        result = write_gguf(opened, chosen, out, overwrite=force, progress=progress, calibration=calibration)
+        result = write_gguf(opened, chosen, out, force, progress, calibration)
     print_result(console, result)
     if report:
         _write_report(report, result, calibration)
@@ -78,32 +81,6 @@ def command(
             "Quantize the original if you have it."
         )
     console.print(f"Next: whit eval {out} --against {model}", soft_wrap=True)
-
-
-def _longest(model: Model, recipe: Recipe) -> int:
-    """Tokens that the model reads at once."""
-    metadata = plan_gguf(model, recipe).metadata
-    return int(metadata.get(f"{metadata['general.architecture']}.context_length", WINDOW))
-
-
-def calibration_for(
-    model: Model, preset: str, longest: int = WINDOW, path: Path | None = None, limit: int | None = None
-) -> Calibration:
-    """The calibration text in windows.
-
-    longest  tokens that the model reads at once
-    path     a text file, Python's documentation when None
-    limit    windows, the preset's number when None
-    Raises TextError when the text is too short for one window.
-    """
-    from whit.models.tokenizer import load_tokenizer  # it imports transformers, which takes seconds
-
-    work = PRESETS[preset]
-    text = read_text(path) if path else documentation_text("calibration")
-    ids = cut(load_tokenizer(model).encode(text.content), min(WINDOW, longest), limit or work.windows)
-    n, length = ids.shape
-    source = f"{n} windows of {length} tokens: {text.description}"
-    return Calibration(ids, work.strength, work.effort, source)
 
 
 def print_result(console: Console, result: Result) -> None:

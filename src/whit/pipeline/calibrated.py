@@ -6,31 +6,28 @@
 Beside the hidden states of the quantized prefix run those of the original model when the target is to make up for
 earlier errors. The head comes last; when it is the embedding, that one matrix is rounded for its role as the head,
 in which every error reaches the logits, and the blocks before it have run on the original embedding.
+
+The same walk without rounding gives an importance matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from whit.calibration.moments import Moments, target_shift
-from whit.grids.grid import Adaptive
-from whit.grids.quantized import QuantizedTensor
+from whit.calibration.moments import Moments, pooled
+from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.models.architecture import GGUFView
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.stream import BlockStream
 from whit.models.taps import Slot, watched
-from whit.pipeline.effort import Calibration, TensorLoss
-from whit.pipeline.plain import check_finite, plain_bytes, too_large
+from whit.pipeline.effort import Calibration
+from whit.pipeline.plain import plain_bytes
 from whit.pipeline.plan import Step
-from whit.rounding.curvature import Curvature, curvature
-from whit.rounding.methods import METHODS
-from whit.rounding.nearest import nearest
-from whit.rounding.polish import loss
+from whit.pipeline.rounder import Rounder
 
 Progress = Callable[[int, int, str], None]
 Written = tuple[str, Iterator[Tensor]]  # a tensor of the file and the pieces of its bytes
@@ -40,7 +37,7 @@ HEADS = ("output.weight", "token_embd.weight")
 class CalibratedRun:
     """One pass over a model.
 
-    losses  filled while `tensors` is consumed
+    rounder  holds what every tensor lost, filled while `tensors` is consumed
     """
 
     def __init__(
@@ -51,9 +48,7 @@ class CalibratedRun:
         self._links, self._calibration = Links(view), calibration
         self._stream = BlockStream(model, self._links.read)
         self._tell = progress or (lambda done, total, what: None)
-        self._curved: dict[int, Curvature] = {}
-        self._shifts: dict[int, Tensor] = {}
-        self.losses: list[TensorLoss] = []
+        self.rounder = Rounder(calibration.effort, calibration.strength)
 
     def tensors(self) -> Iterator[Written]:
         """Name and bytes of every tensor, in the order of computation.
@@ -82,11 +77,10 @@ class CalibratedRun:
             with watched(block, taps.see):
                 stream.run(index, window)
             taps.forget()
-        self._curved.clear()
-        self._shifts.clear()
+        self.rounder.forget()
         for name in links.gguf_names(prefix):
             step = self._steps.pop(name)
-            yield name, self._rounded(step, [taps.of(slot) for slot in links.slots(name)], install=True)
+            yield name, self._rounded(step, _of(step.tensor.shape, taps, links.slots(name)), install=True)
         stream.fill(index)
         for n, window in enumerate(hidden):
             hidden[n] = stream.run(index, window)
@@ -96,12 +90,7 @@ class CalibratedRun:
     def _ends(self, hidden: list[Tensor]) -> Iterator[Written]:
         """What is left: embeddings, final norm, head."""
         head = next(name for name in HEADS if name in self._steps)
-        moments: Moments | None = None
-        if self._steps[head].needs_moments:
-            for window in hidden:
-                final = self._stream.final(window)
-                moments = moments or Moments(final.shape[1])
-                moments.add(final)
+        moments = _final(self._stream, hidden) if self._steps[head].needs_moments else None
         for name in list(self._steps):
             step = self._steps.pop(name)
             yield name, self._rounded(step, [moments if name == head else None], install=False)
@@ -111,59 +100,70 @@ class CalibratedRun:
         if not step.needs_moments:
             yield from plain_bytes(step)
             return
-        if len(step.tensor.shape) == 2:  # parts of one matrix, such as q, k and v, are given the same input
-            moments = moments[:1]
-        pieces, decoded = self._matrices(step), []
-        for W, seen in zip(pieces, moments, strict=True):
-            quantized = self._one(step, W, seen)
+        decoded = []
+        for quantized in self.rounder.pieces(step, moments):
             if install:
                 decoded.append(quantized.dequantize())
             yield step.kind.pack(quantized)
         if install:
             self._links.replace(step.tensor.name, torch.cat(decoded).reshape(step.tensor.shape))
 
-    def _matrices(self, step: Step) -> Iterator[Tensor]:
-        """The matrices [rows, cols] float32 that have a tap each: the tensor, or one per expert."""
-        for part in step.tensor.parts if len(step.tensor.shape) == 3 else [None]:
-            W = part.read() if part else torch.cat([piece.read() for piece in step.tensor.parts])
-            for matrix in W.unbind(0) if W.dim() == 3 else [W]:
-                check_finite(step.tensor, matrix, W)
-                yield matrix.float()
 
-    def _one(self, step: Step, W: Tensor, moments: Moments | None) -> QuantizedTensor:
-        effort, grid = self._calibration.effort, cast(Adaptive, step.kind.grid)
-        if moments is None or moments.n_tokens == 0:
-            c = curvature(torch.zeros(W.shape[1], W.shape[1]))
-            inside = step.tensor.name.startswith("blk.")
-            note = "no calibration token came here" if inside else "an embedding: all columns count the same"
-        else:
-            moments.check(step.tensor.name)
-            c = self._curvature(moments)
-            note = c.note
-            if moments.C is not None:
-                W = torch.addmm(W, W, self._shift(moments, moments.C), alpha=self._calibration.strength)
-        try:
-            quantized = METHODS[step.rounding](W, grid, c, effort)
-            plain = nearest(W, grid)
-        except OverflowError as error:
-            raise too_large(step, error) from None
-        after, before = (loss(W, each.dequantize(), c.H).sum().item() for each in (quantized, plain))
-        counts = (moments.n_tokens, moments.n_lost, moments.n_dead) if moments else (0, 0, 0)
-        name, kind = step.tensor.name, step.kind.name
-        self.losses.append(TensorLoss(name, kind, step.rounding, after, before, *counts, note))
-        return quantized
+def importance_matrix(
+    model: Model, view: GGUFView, windows: Tensor, source: str, progress: Progress | None = None
+) -> ImportanceMatrix:
+    """The mean squared inputs of every matrix of the original model, head included, on calibration windows.
 
-    def _curvature(self, moments: Moments) -> Curvature:
-        """Factored once for all weights that share a tap."""
-        if id(moments) not in self._curved:
-            self._curved[id(moments)] = curvature(moments.H, self._calibration.effort.damping)
-        return self._curved[id(moments)]
+    view     the model's tensors as a GGUF file names them
+    windows  [n, length] int64
+    source   what the text is
+    """
+    links, tell = Links(view), progress or (lambda done, total, what: None)
+    stream = BlockStream(model, links.read)
+    hidden, total = stream.start(windows), stream.n_blocks + 1
+    means: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    matrices = {tensor.name: tensor.shape for tensor in view.tensors if len(tensor.shape) > 1 and not tensor.keep_float}
 
-    def _shift(self, moments: Moments, C: Tensor) -> Tensor:
-        """As above."""
-        if id(moments) not in self._shifts:
-            self._shifts[id(moments)] = target_shift(moments.H, C, self._calibration.effort.damping)
-        return self._shifts[id(moments)]
+    def note(name: str, seen: list[Moments | None]) -> None:
+        cols = matrices[name][-1]
+        means[name] = torch.stack([torch.ones(cols) if each is None else each.importance for each in seen])
+        counts[name] = torch.tensor([0 if each is None else each.n_tokens for each in seen])
+
+    for index in range(stream.n_blocks):
+        tell(index, total, f"block {index}")
+        block, taps = stream.fill(index), _Taps(stream.prefix(index))
+        for n, window in enumerate(hidden):
+            with watched(block, taps.see):
+                hidden[n] = stream.run(index, window)
+            taps.forget()
+        for name in links.gguf_names(stream.prefix(index)):
+            if name in matrices:
+                note(name, _of(matrices[name], taps, links.slots(name)))
+        stream.empty(index)
+    tell(total - 1, total, "head")
+    note(next(name for name in HEADS if name in matrices), [_final(stream, hidden)])
+    tell(total, total, "done")
+    return ImportanceMatrix(means, counts, len(windows), windows.shape[1], (source,))
+
+
+def _final(stream: BlockStream, hidden: list[Tensor]) -> Moments:
+    """The moments of what the head is given."""
+    moments: Moments | None = None
+    for window in hidden:
+        final = stream.final(window)
+        moments = moments or Moments(final.shape[1])
+        moments.add(final)
+    assert moments is not None  # there is at least one window
+    return moments
+
+
+def _of(shape: tuple[int, ...], taps: _Taps, slots: list[Slot]) -> list[Moments | None]:
+    """The moments for every matrix of a tensor: one, or one per expert, thin ones backed by the other experts'."""
+    found = [taps.of(slot) for slot in slots]
+    if len(shape) == 2:  # parts of one matrix, such as q, k and v, are given the same input
+        return found[:1]
+    return pooled(found)
 
 
 class _Taps:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.rounding.methods import Effort
 
 
@@ -35,16 +37,23 @@ DEFAULT_PRESET = "balanced"
 class Calibration:
     """Text and effort.
 
-    windows   [n, length] int64 token ids
-    strength  how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all
-    effort    of the rounding itself
-    source    what the text is, for reports
+    windows     [n, length] int64 token ids
+    strength    how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all
+    effort      of the rounding itself
+    source      what the text is, for reports
+    importance  what arrives at the layers, instead of windows
     """
 
     windows: Tensor
     strength: float = 0.5
     effort: Effort = field(default_factory=Effort)
     source: str = ""
+    importance: ImportanceMatrix | None = None
+
+    @classmethod
+    def on_importance(cls, importance: ImportanceMatrix, effort: Effort, source: str) -> Calibration:
+        """No text: an importance matrix."""
+        return cls(torch.empty(0, 0, dtype=torch.int64), 0.0, effort, source, importance)
 
 
 @dataclass(frozen=True)

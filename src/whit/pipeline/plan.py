@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from whit.checkpoints.gguf import Announced
+from whit.errors import RecipeError
 from whit.grids.named import GRIDS, grid_named
 from whit.layouts.ggml import GGMLType, ggml_type_of
 from whit.models.architecture import GGUFTensor, GGUFView
@@ -103,7 +104,8 @@ def _step(
     rule = recipe.rule_for(_names(view, tensor))
     wanted = ggml_type_of(grid_named(rule.grid))
     if wanted is None:
-        raise ValueError(f"GGUF has no type for the grid {rule.grid}")
+        known = ", ".join(name for name, grid in GRIDS.items() if ggml_type_of(grid))
+        raise RecipeError(f"GGUF has no type for the grid {rule.grid}. It has: {known}.")
     exception = ""
     if tensor.keep_float and rule.grid != "f32":
         wanted, exception = _type("f32"), tensor.reason

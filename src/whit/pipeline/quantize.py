@@ -13,13 +13,16 @@ from torch import Tensor
 
 from whit.checkpoints.atomic import whole_file
 from whit.checkpoints.gguf import GGUFWriter
+from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.errors import ModelError
 from whit.models.architecture import GGUFView, gguf_view, passthrough_view
 from whit.models.model import Model
 from whit.models.vocabulary import gguf_vocabulary
 from whit.pipeline.effort import Calibration, TensorLoss
+from whit.pipeline.imported import imported_tensors
 from whit.pipeline.plain import plain_bytes
 from whit.pipeline.plan import FILE_TYPES, Plan, make_plan
+from whit.pipeline.rounder import Rounder
 from whit.recipes.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
@@ -65,18 +68,22 @@ def write_gguf(
     plan = plan_gguf(model, recipe)
     writer = _writer(model, plan)
     with whole_file(path, writer.n_bytes, overwrite) as file:
-        if any(step.needs_moments for step in plan.steps):
-            if calibration is None:
-                raise ValueError(f"recipe {recipe.name} needs a calibration text")
+        losses: list[TensorLoss] = []
+        if not any(step.needs_moments for step in plan.steps):
+            writer.write(file, _all_bytes(plan, progress))
+        elif calibration is None:
+            raise ValueError(f"recipe {recipe.name} needs a calibration text")
+        elif calibration.importance is not None:
+            rounder = Rounder(calibration.effort)
+            writer.write(file, imported_tensors(plan, calibration.importance, rounder, progress))
+            losses = rounder.losses
+        else:
             from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
 
             streamed = CalibratedRun(model, _view(model), plan.steps, calibration, progress)
             writer.write(file, streamed.tensors())
-            losses = tuple(streamed.losses)
-        else:
-            writer.write(file, _all_bytes(plan, progress))
-            losses = ()
-    return Result(path, writer.n_bytes, plan, time.perf_counter() - started, losses)
+            losses = streamed.rounder.losses
+    return Result(path, writer.n_bytes, plan, time.perf_counter() - started, tuple(losses))
 
 
 def plan_gguf(model: Model, recipe: Recipe) -> Plan:
@@ -89,6 +96,16 @@ def plan_gguf(model: Model, recipe: Recipe) -> Plan:
         return lambda: source.raw(name)
 
     return make_plan(_view(model), recipe, stored)
+
+
+def gather_importance(model: Model, windows: Tensor, source: str, progress: Progress | None = None) -> ImportanceMatrix:
+    """The mean squared inputs of every matrix of a model on calibration windows [n, length] int64.
+
+    source  what the text is
+    """
+    from whit.pipeline.calibrated import importance_matrix  # it imports transformers, which takes seconds
+
+    return importance_matrix(model, _view(model), windows, source, progress)
 
 
 def predicted_bytes(model: Model, recipe: Recipe) -> int:

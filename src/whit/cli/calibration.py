@@ -1,0 +1,74 @@
+"""The calibration text of a command: `--calib` and `--windows` become windows of token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from whit.calibration.text import WINDOW, Text, documentation_text, read_text
+from whit.calibration.text import windows as cut
+from whit.checkpoints.hub import looks_like_hub_id
+from whit.cli.progress import progress_bar
+from whit.errors import TextError
+from whit.models.model import Model
+from whit.pipeline.effort import PRESETS, Calibration
+from whit.pipeline.quantize import plan_gguf
+from whit.recipes.named import recipe_named
+
+DOCUMENTATION, SAMPLED, HUB = "docs", "sampled", "hf:"
+DEFAULT = DOCUMENTATION
+CALIB_HELP = (
+    "What to calibrate on: a text file, `docs` (documentation that ships with Python), `sampled` (text that the model "
+    "writes itself) or `hf:OWNER/NAME[/FILE]`, a data set on the hub."
+)
+
+
+def calibration_windows(
+    model: Model, n_windows: int, calib: str = DEFAULT, most: int | None = None
+) -> tuple[Tensor, str]:
+    """Token ids [n, length] int64 and what they are.
+
+    calib  as in CALIB_HELP
+    most   tokens per window at most; the model's context is a limit too
+    Raises TextError when the text cannot be had or is too short for one window.
+    """
+    length = min(most or WINDOW, longest(model))
+    if calib == SAMPLED:
+        from whit.models.sampling import sampled_windows  # it imports transformers, which takes seconds
+
+        with progress_bar("sampling") as progress:
+            ids = sampled_windows(model, n_windows, length, progress=progress)
+        return ids, f"{n_windows} windows of {length} tokens sampled from the model itself"
+    from whit.models.tokenizer import load_tokenizer
+
+    text = _text(calib)
+    ids = cut(load_tokenizer(model).encode(text.content), length, n_windows)
+    short = f" (the text has no more; {n_windows} were wanted)" if len(ids) < n_windows else ""
+    return ids, f"{len(ids)} windows of {length} tokens{short}: {text.description}"
+
+
+def calibration_for(model: Model, preset: str, calib: str = DEFAULT, n_windows: int | None = None) -> Calibration:
+    """A preset's effort on a text. n_windows: the preset's number when None."""
+    work = PRESETS[preset]
+    ids, source = calibration_windows(model, n_windows or work.windows, calib)
+    return Calibration(ids, work.strength, work.effort, source)
+
+
+def longest(model: Model) -> int:
+    """Tokens that the model reads at once."""
+    metadata = plan_gguf(model, recipe_named("f32")).metadata
+    return int(metadata.get(f"{metadata['general.architecture']}.context_length", WINDOW))
+
+
+def _text(calib: str) -> Text:
+    if calib == DOCUMENTATION:
+        return documentation_text("calibration")
+    if calib.startswith(HUB):
+        from whit.calibration.hub_text import hub_text
+
+        return hub_text(calib.removeprefix(HUB))
+    path = Path(calib)
+    if not path.exists() and looks_like_hub_id(calib):
+        raise TextError(f"{calib}: no such file. For a data set on the hub write {HUB}{calib}.")
+    return read_text(path)

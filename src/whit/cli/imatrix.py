@@ -1,0 +1,35 @@
+"""`whit imatrix MODEL -o FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from whit.checkpoints.imatrix import write_imatrix
+from whit.cli.calibration import CALIB_HELP, DEFAULT, calibration_windows
+from whit.cli.progress import progress_bar
+from whit.models.open import open_model
+from whit.pipeline.effort import DEFAULT_PRESET, PRESETS
+from whit.pipeline.quantize import gather_importance
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a built-in name (smollm2-135m).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .gguf file, or .dat for older versions of llama.cpp.")],
+    calib: Annotated[str, typer.Option(help=CALIB_HELP)] = DEFAULT,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens.")] = PRESETS[DEFAULT_PRESET].windows,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write how large the inputs of every matrix are: an importance matrix, as llama.cpp's tools read it."""
+    console = Console(highlight=False, markup=False)
+    opened = open_model(model)
+    ids, source = calibration_windows(opened, windows, calib)
+    console.print(f"Calibrating on {source}.", soft_wrap=True)
+    with progress_bar("importance matrix") as progress:
+        matrix = gather_importance(opened, ids, source, progress)
+    write_imatrix(matrix, out, overwrite=force)
+    console.print(f"{out}: {len(matrix.means)} matrices, {ids.numel():,} tokens", soft_wrap=True)
+    console.print(f"Next: whit quantize {model} --recipe iq4_xs --imatrix {out} -o small.gguf", soft_wrap=True)
