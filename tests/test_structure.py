@@ -18,7 +18,7 @@ LAYERS = {
     "numerics": 0, "memory": 0,
     "grids": 1,
     "rounding": 2, "layouts": 2,
-    "checkpoints": 3, "calibration": 3,
+    "checkpoints": 3, "calibration": 3, "transforms": 3,
     "models": 4,
     "recipes": 5,
     "pipeline": 6, "evaluation": 6,

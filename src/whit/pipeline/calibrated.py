@@ -12,6 +12,7 @@ The same walk without rounding gives an importance matrix.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,9 +26,11 @@ from whit.models.model import Model
 from whit.models.stream import BlockStream
 from whit.models.taps import Slot, watched
 from whit.pipeline.effort import Calibration
+from whit.pipeline.folding import Folded, folded, trial, unchanged
 from whit.pipeline.plain import plain_bytes
 from whit.pipeline.plan import Step
 from whit.pipeline.rounder import Rounder
+from whit.transforms.absorb import block_pairs, head_pair
 
 Progress = Callable[[int, int, str], None]
 Written = tuple[str, Iterator[Tensor]]  # a tensor of the file and the pieces of its bytes
@@ -48,6 +51,8 @@ class CalibratedRun:
         self._links, self._calibration = Links(view), calibration
         self._stream = BlockStream(model, self._links.read)
         self._tell = progress or (lambda done, total, what: None)
+        self._kv_heads = view.metadata.get(f"{view.architecture}.attention.head_count_kv", 0)
+        self._sound: set[str] = set()  # the first producers of pairs that may be folded
         self.rounder = Rounder(calibration.effort, calibration.strength)
 
     def tensors(self) -> Iterator[Written]:
@@ -78,9 +83,12 @@ class CalibratedRun:
                 stream.run(index, window)
             taps.forget()
         self.rounder.forget()
-        for name in links.gguf_names(prefix):
-            step = self._steps.pop(name)
-            yield name, self._rounded(step, _of(step.tensor.shape, taps, links.slots(name)), install=True)
+        steps = {name: self._steps.pop(name) for name in links.gguf_names(prefix)}
+        change = self._folded(index, steps, taps, hidden[0])
+        for name in steps:
+            step = change.steps.get(name, steps[name])
+            moments = _of(step.tensor.shape, taps, links.slots(name))
+            yield name, self._rounded(step, moments, change.columns.get(name), install=True)
         stream.fill(index)
         for n, window in enumerate(hidden):
             hidden[n] = stream.run(index, window)
@@ -91,17 +99,48 @@ class CalibratedRun:
         """What is left: embeddings, final norm, head."""
         head = next(name for name in HEADS if name in self._steps)
         moments = _final(self._stream, hidden) if self._steps[head].needs_moments else None
+        self.rounder.forget()
+        change, pair = Folded({}, {}), head_pair({name: step.tensor.shape for name, step in self._steps.items()})
+        if pair and self._calibration.effort.rescale:
+            change = folded([pair], self._steps, lambda name: moments, self.rounder)
         for name in list(self._steps):
             step = self._steps.pop(name)
-            yield name, self._rounded(step, [moments if name == head else None], install=False)
+            step = change.steps.get(name, step)
+            yield name, self._rounded(step, [moments if name == head else None], change.columns.get(name))
 
-    def _rounded(self, step: Step, moments: list[Moments | None], install: bool) -> Iterator[Tensor]:
+    def _folded(self, index: int, steps: dict[str, Step], taps: _Taps, window: Tensor) -> Folded:
+        """Factors for the block's columns; on the first block a run decides which pairs leave the function alone."""
+        names = list(steps)
+        found = re.match(r"blk\.\d+\.", names[0]) if names else None
+        if found is None or not self._calibration.effort.rescale:
+            return Folded({}, {})
+        prefix, links = found[0], self._links
+        heads = self._kv_heads[index] if isinstance(self._kv_heads, list) else self._kv_heads
+        pairs = block_pairs({name: step.tensor.shape for name, step in steps.items()}, prefix, heads)
+        if index == 0:  # later blocks are built like it
+            outputs = [self._stream.run(0, window)]
+            for pair in pairs:
+                for name, values in trial(pair, steps):
+                    links.replace(name, values)
+                self._stream.fill(0)
+                outputs.append(self._stream.run(0, window))
+                links.restore()
+            sound = [pair for pair, after in zip(pairs, outputs[1:], strict=True) if unchanged(outputs[0], after)]
+            self._sound = {pair.producers[0].removeprefix(prefix) for pair in sound}
+        pairs = [pair for pair in pairs if pair.producers[0].removeprefix(prefix) in self._sound]
+        return folded(pairs, steps, lambda name: taps.of(links.slots(name)[0]), self.rounder)
+
+    def _rounded(
+        self, step: Step, moments: list[Moments | None], factors: Tensor | None = None, install: bool = False
+    ) -> Iterator[Tensor]:
         """The bytes of one tensor; its decoded values go into the block."""
         if not step.needs_moments:
+            if install:
+                self._links.replace(step.tensor.name, torch.cat([part.read() for part in step.tensor.parts]).float())
             yield from plain_bytes(step)
             return
         decoded = []
-        for quantized in self.rounder.pieces(step, moments):
+        for quantized in self.rounder.pieces(step, moments, factors):
             if install:
                 decoded.append(quantized.dequantize())
             yield step.kind.pack(quantized)

@@ -40,14 +40,17 @@ class Rounder:
         self._curved.clear()
         self._shifts.clear()
 
-    def pieces(self, step: Step, moments: Sequence[Moments | None]) -> Iterator[QuantizedTensor]:
+    def pieces(
+        self, step: Step, moments: Sequence[Moments | None], factors: Tensor | None = None
+    ) -> Iterator[QuantizedTensor]:
         """The matrices of one tensor in order: the whole, or one per expert.
 
         moments  one entry per matrix; None where nothing is known of its inputs
+        factors  [cols] float32 that the columns are multiplied with; moments are those before it
         Raises BadWeightsError for weights or moments that are not finite.
         """
         for W, seen in zip(self._matrices(step), moments, strict=True):
-            yield self._one(step, W, seen)
+            yield self._one(step, W, seen, factors)
 
     def _matrices(self, step: Step) -> Iterator[Tensor]:
         """The matrices [rows, cols] float32 that have a tap each: the tensor, or one per expert."""
@@ -57,7 +60,7 @@ class Rounder:
                 check_finite(step.tensor, matrix, W)
                 yield matrix.float()
 
-    def _one(self, step: Step, W: Tensor, moments: Moments | None) -> QuantizedTensor:
+    def _one(self, step: Step, W: Tensor, moments: Moments | None, factors: Tensor | None) -> QuantizedTensor:
         grid = cast(Adaptive, step.kind.grid)
         if moments is None or moments.is_empty:
             c = curvature(torch.zeros(W.shape[1], W.shape[1]))
@@ -65,10 +68,12 @@ class Rounder:
             note = "no calibration token came here" if inside else "an embedding: all columns count the same"
         else:
             moments.check(step.tensor.name)
-            c = self._curvature(moments)
+            c = self.curvature_of(moments)
             note = "; ".join(each for each in (moments.note, c.note) if each)
             if moments.C is not None and self._strength:
                 W = torch.addmm(W, W, self._shift(moments, moments.C), alpha=self._strength)
+        if factors is not None:
+            W, c = W * factors, c.rescaled(factors)
         try:
             quantized = METHODS[step.rounding](W, grid, c, self._effort)
             plain = nearest(W, grid)
@@ -80,7 +85,7 @@ class Rounder:
         self.losses.append(TensorLoss(name, kind, step.rounding, after, before, *counts, note))
         return quantized
 
-    def _curvature(self, moments: Moments) -> Curvature:
+    def curvature_of(self, moments: Moments) -> Curvature:
         """Factored once for all weights that share a tap."""
         if moments not in self._curved:
             self._curved[moments] = curvature(moments.H, self._effort.damping)

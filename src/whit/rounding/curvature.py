@@ -33,6 +33,10 @@ class Curvature:
     R: Tensor
     note: str = ""
 
+    def rescaled(self, t: Tensor) -> Curvature:
+        """The same loss for weights whose columns were multiplied with t [cols] and inputs divided by it."""
+        return Curvature(self.H / t[:, None] / t, self.R / t[:, None], self.note)
+
 
 def curvature(H: Tensor, damping: float = DAMPING) -> Curvature:
     """Damp and factor H [cols, cols]; what is not positive definite is helped until it is.

@@ -32,11 +32,13 @@ class Effort:
     sweeps   of coordinate descent, each with a refit of the scales
     damping  share of the mean of H's diagonal that is added to it
     late     whether inner spans choose their parameters when their turn comes
+    rescale  whether columns may be rescaled where the tensors before them absorb it
     """
 
     sweeps: int = 2
     damping: float = 0.01
     late: bool = True
+    rescale: bool = True
 
 
 def weighted(W: Tensor, grid: Adaptive, c: Curvature, effort: Effort) -> QuantizedTensor:
