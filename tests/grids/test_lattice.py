@@ -10,7 +10,7 @@ from whit.grids.lattice import SIZE, Lattice, _points
 from whit.grids.named import GRIDS
 from whit.rounding.curvature import curvature
 from whit.rounding.feedback import feedback
-from whit.rounding.methods import METHODS, Effort
+from whit.rounding.methods import Effort, rounded
 from whit.rounding.nearest import nearest, search
 from whit.rounding.polish import loss, polish
 
@@ -111,10 +111,10 @@ def test_feedback_in_steps_beats_weights_alone_and_polish_never_loses(name: str)
     generator = torch.Generator().manual_seed(6)
     X = torch.randn(2000, 512, generator=generator) @ (torch.randn(512, 512, generator=generator) / 8)
     c = curvature(X.T @ X / 2000)
-    alone = loss(W, METHODS["weighted"](W, grid, c, Effort()).dequantize(), c.H).sum()
-    rounded = feedback(W, grid, c)
-    first = loss(W, rounded.dequantize(), c.H)
-    second = loss(W, polish(W, rounded, grid, c, sweeps=2).dequantize(), c.H)
+    alone = loss(W, rounded("weighted", W, grid, c, Effort())[0].quantized.dequantize(), c.H).sum()
+    fed = feedback(W, grid, c)
+    first = loss(W, fed.dequantize(), c.H)
+    second = loss(W, polish(W, fed, grid, c, sweeps=2).dequantize(), c.H)
     assert first.sum() < 0.8 * alone
     assert (second <= first * (1 + 1e-5)).all()
     assert second.sum() < 0.98 * first.sum()
@@ -124,7 +124,7 @@ def test_feedback_in_steps_beats_weights_alone_and_polish_never_loses(name: str)
 @pytest.mark.parametrize("scale", [0.0, 1e-9, 1.0, 1e3])
 def test_zero_tiny_and_large_rows_stay_finite(name: str, scale: float) -> None:
     W = weights(7) * scale
-    quantized = METHODS["feedback"](W, lattice(name), curvature(torch.eye(512)), Effort(1))
+    quantized = rounded("feedback", W, lattice(name), curvature(torch.eye(512)), Effort(1))[0].quantized
     assert torch.isfinite(quantized.dequantize()).all()
     if scale == 0:
         assert not quantized.dequantize().any()

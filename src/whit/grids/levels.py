@@ -48,6 +48,10 @@ class Levels(Protocol):
         """float32 levels of uint8 codes."""
         ...
 
+    def snap(self, x: Tensor) -> Tensor:
+        """float32 levels nearest to x, up to ties; NaN may become any level."""
+        ...
+
 
 @dataclass(frozen=True)
 class Integers:
@@ -94,6 +98,10 @@ class Integers:
         """Exact small integers in float32."""
         levels = codes.to(torch.float32)
         return levels.sub_(self.zero) if self.zero else levels
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Halves go up."""
+        return (x + 0.5).floor_().clamp_(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,10 @@ class Table:
     def values(self, codes: Tensor) -> Tensor:
         """The table's numbers as float32."""
         return self._levels.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+    def snap(self, x: Tensor) -> Tensor:
+        """A tie goes to the lower one."""
+        return self.values(self.nearest(x))
 
     @cached_property
     def _levels(self) -> Tensor:

@@ -95,6 +95,7 @@ class BlockStream:
                         raise ModelError(f"{self._label}: something happens between its blocks.")
                 hidden.append(recorders[0].given.clone())
         self._calls = [recorder.call for recorder in recorders]  # the same for all windows: they are equally long
+        self._module.get_input_embeddings().to_empty(device="meta")
         return hidden
 
     def fill(self, index: int) -> nn.Module:
@@ -128,8 +129,7 @@ class BlockStream:
         depth, text.num_hidden_layers = text.num_hidden_layers, layers
         try:
             with torch.inference_mode():
-                ids = torch.zeros(1, hidden.shape[1], dtype=torch.int64)
-                return decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+                return decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state[0]
         finally:
             text.num_hidden_layers = depth
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from whit.calibration.moments import Moments, pooled
 from whit.checkpoints.imatrix import ImportanceMatrix
+from whit.grids.quantized import QuantizedTensor
 from whit.models.architecture import GGUFView
 from whit.models.links import Links
 from whit.models.model import Model
@@ -29,7 +31,7 @@ from whit.pipeline.effort import Calibration
 from whit.pipeline.folding import Folded, folded, trial, unchanged
 from whit.pipeline.plain import plain_bytes
 from whit.pipeline.plan import Step
-from whit.pipeline.rounder import Rounder
+from whit.pipeline.rounder import Rounder, Task
 from whit.transforms.absorb import block_pairs, head_pair
 
 Progress = Callable[[int, int, str], None]
@@ -85,10 +87,11 @@ class CalibratedRun:
         self.rounder.forget()
         steps = {name: self._steps.pop(name) for name in links.gguf_names(prefix)}
         change = self._folded(index, steps, taps, hidden[0])
+        tasks = []
         for name in steps:
             step = change.steps.get(name, steps[name])
-            moments = _of(step.tensor.shape, taps, links.slots(name))
-            yield name, self._rounded(step, moments, change.columns.get(name), install=True)
+            tasks.append(Task(step, _of(step.tensor.shape, taps, links.slots(name)), change.columns.get(name)))
+        yield from self._rounded(tasks, install=True)
         stream.fill(index)
         for n, window in enumerate(hidden):
             hidden[n] = stream.run(index, window)
@@ -103,10 +106,12 @@ class CalibratedRun:
         change, pair = Folded({}, {}), head_pair({name: step.tensor.shape for name, step in self._steps.items()})
         if pair and self._calibration.effort.rescale:
             change = folded([pair], self._steps, lambda name: moments, self.rounder)
+        tasks = []
         for name in list(self._steps):
             step = self._steps.pop(name)
-            step = change.steps.get(name, step)
-            yield name, self._rounded(step, [moments if name == head else None], change.columns.get(name))
+            seen = [moments if name == head else None]
+            tasks.append(Task(change.steps.get(name, step), seen, change.columns.get(name)))
+        yield from self._rounded(tasks)
 
     def _folded(self, index: int, steps: dict[str, Step], taps: _Taps, window: Tensor) -> Folded:
         """Factors for the block's columns; on the first block a run decides which pairs leave the function alone."""
@@ -130,22 +135,25 @@ class CalibratedRun:
         pairs = [pair for pair in pairs if pair.producers[0].removeprefix(prefix) in self._sound]
         return folded(pairs, steps, lambda name: taps.of(links.slots(name)[0]), self.rounder)
 
-    def _rounded(
-        self, step: Step, moments: list[Moments | None], factors: Tensor | None = None, install: bool = False
-    ) -> Iterator[Tensor]:
-        """The bytes of one tensor; its decoded values go into the block."""
-        if not step.needs_moments:
+    def _rounded(self, tasks: list[Task], install: bool = False) -> Iterator[Written]:
+        """Names and bytes; decoded values go into the block."""
+        matrices = self.rounder.rounded(task for task in tasks if task.step.needs_moments)
+        for task in tasks:
+            yield task.step.tensor.name, self._bytes(task, matrices, install)
+
+    def _bytes(self, task: Task, matrices: Iterator[QuantizedTensor], install: bool) -> Iterator[Tensor]:
+        tensor, decoded = task.step.tensor, []
+        if not task.step.needs_moments:
             if install:
-                self._links.replace(step.tensor.name, torch.cat([part.read() for part in step.tensor.parts]).float())
-            yield from plain_bytes(step)
+                self._links.replace(tensor.name, torch.cat([part.read() for part in tensor.parts]).float())
+            yield from plain_bytes(task.step)
             return
-        decoded = []
-        for quantized in self.rounder.pieces(step, moments, factors):
+        for quantized in islice(matrices, len(task.moments)):
             if install:
                 decoded.append(quantized.dequantize())
-            yield step.kind.pack(quantized)
+            yield task.step.kind.pack(quantized)
         if install:
-            self._links.replace(step.tensor.name, torch.cat(decoded).reshape(step.tensor.shape))
+            self._links.replace(tensor.name, torch.cat(decoded).reshape(tensor.shape))
 
 
 def importance_matrix(

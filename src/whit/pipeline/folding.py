@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from whit.calibration.moments import Moments
+from whit.grids.grid import Adaptive
 from whit.models.architecture import GGUFTensor, Part
+from whit.parallel import spread
 from whit.pipeline.plan import Step
 from whit.pipeline.rounder import Rounder
+from whit.rounding.curvature import Curvature
 from whit.transforms.absorb import Pair
 from whit.transforms.awq import Sample, column_factors, sampled
 
 UNCHANGED = 1e-3  # relative change of a block's output up to which a fold has left the function as it was
+FACTORS = "factors"
 METHOD = "feedback"  # other roundings are what their names say, of the weights as they are
 
 
@@ -43,15 +48,19 @@ def folded(
     steps    the block's, by tensor name
     moments  of what arrives at a matrix
     """
-    result = Folded({}, {})
+    todo: list[tuple[Pair, list[Sample], Curvature]] = []
     for pair in pairs:
         involved = [steps[name] for name in (*pair.producers, *pair.consumers)]
         seen = moments(pair.consumers[0])
-        if any(step.stored is not None and step.kind.fields for step in involved) or seen is None or seen.is_empty:
-            continue
-        t = _chosen(pair, {**steps, **result.steps}, seen, rounder)
-        if t is not None:
-            _fold(pair, t, steps, result)
+        samples = _samples(pair, steps)
+        stored = any(step.stored is not None and step.kind.fields for step in involved)
+        if samples and not stored and seen is not None and not seen.is_empty:
+            todo.append((pair, samples, rounder.curvature_of(seen)))
+    chosen = spread(_chosen, todo, lambda each: len(each[1]) * len(each[0].channel) ** 1.2)
+    result = Folded({}, {})
+    for (pair, *_), found in zip(todo, chosen, strict=True):
+        if found:
+            _fold(pair, found[FACTORS], steps, result)
     return result
 
 
@@ -82,13 +91,16 @@ def _fold(pair: Pair, t: Tensor, steps: Mapping[str, Step], result: Folded) -> N
             result.steps[name] = _columns_multiplied(step, t[pair.channel])
 
 
-def _chosen(pair: Pair, steps: Mapping[str, Step], moments: Moments, rounder: Rounder) -> Tensor | None:
-    samples: list[Sample] = []
-    for name in pair.consumers:
-        step = steps[name]
-        if step.needs_moments and step.rounding == METHOD:
-            samples.append(sampled(_read(step.tensor), step.kind.grid))  # type: ignore[arg-type]
-    return column_factors(samples, rounder.curvature_of(moments), pair.channel) if samples else None
+def _chosen(task: tuple[Pair, list[Sample], Curvature]) -> dict[str, Tensor]:
+    pair, samples, c = task
+    t = column_factors(samples, c, pair.channel)
+    return {} if t is None else {FACTORS: t}
+
+
+def _samples(pair: Pair, steps: Mapping[str, Step]) -> list[Sample]:
+    consumers = [steps[name] for name in pair.consumers]
+    rounded = [step for step in consumers if step.needs_moments and step.rounding == METHOD]
+    return sampled((_read(step.tensor), cast(Adaptive, step.kind.grid)) for step in rounded)
 
 
 def _read(tensor: GGUFTensor) -> Tensor:

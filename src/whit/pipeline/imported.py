@@ -11,7 +11,7 @@ from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.errors import ModelError
 from whit.pipeline.plain import plain_bytes
 from whit.pipeline.plan import Plan, Step
-from whit.pipeline.rounder import Rounder
+from whit.pipeline.rounder import Rounder, Task
 
 Progress = Callable[[int, int, str], None]
 
@@ -37,7 +37,7 @@ def _bytes(step: Step, matrix: ImportanceMatrix, rounder: Rounder) -> Iterator[T
     if not step.needs_moments:
         yield from plain_bytes(step)
         return
-    for quantized in rounder.pieces(step, _moments(step, matrix)):
+    for quantized in rounder.rounded([Task(step, _moments(step, matrix))]):
         yield step.kind.pack(quantized)
     rounder.forget()
 

@@ -1,10 +1,11 @@
-"""One tensor of a plan, rounded for the inputs that arrive at it: the same whether these were just gathered or read
-from an importance matrix.
+"""Matrices rounded for the inputs that arrive at them: the same whether these were just gathered or read from an
+importance matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,13 +14,55 @@ from torch import Tensor
 from whit.calibration.moments import Moments, target_shift
 from whit.grids.grid import Adaptive
 from whit.grids.quantized import QuantizedTensor
+from whit.parallel import spread
 from whit.pipeline.effort import TensorLoss
 from whit.pipeline.plain import check_finite, too_large
 from whit.pipeline.plan import Step
 from whit.rounding.curvature import Curvature, curvature
-from whit.rounding.methods import METHODS, Effort
-from whit.rounding.nearest import nearest
-from whit.rounding.polish import loss
+from whit.rounding.methods import Effort, rounded
+
+ROWS = 2048  # rounded at a time, by one core
+CODES, AFTER, BEFORE = "codes", "loss", "plain loss"  # beside the parameters of the grid
+BATCH = 1 << 26  # weights read before they are spread over the cores
+
+
+@dataclass(frozen=True)
+class Task:
+    """A tensor to round.
+
+    moments  one entry per matrix, the whole or one per expert; None where nothing is known of its inputs
+    factors  [cols] float32 that the columns are multiplied with; moments are those before it
+    """
+
+    step: Step
+    moments: Sequence[Moments | None]
+    factors: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of a matrix, and what arrives there."""
+
+    step: Step
+    W: Tensor
+    c: Curvature
+    shift: Tensor | None
+    factors: Tensor | None
+
+    @property
+    def cost(self) -> float:
+        """About proportional to time: every column costs its calls, every weight its share of a matrix product."""
+        rows, cols = self.W.shape
+        return cols * (500.0 + rows * (1 + cols / 2000))
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Its pieces, and what the report will say."""
+
+    pieces: list[_Piece]
+    moments: Moments | None
+    note: str
 
 
 class Rounder:
@@ -40,50 +83,62 @@ class Rounder:
         self._curved.clear()
         self._shifts.clear()
 
-    def pieces(
-        self, step: Step, moments: Sequence[Moments | None], factors: Tensor | None = None
-    ) -> Iterator[QuantizedTensor]:
-        """The matrices of one tensor in order: the whole, or one per expert.
+    def rounded(self, tasks: Iterable[Task]) -> Iterator[QuantizedTensor]:
+        """The matrices of all tasks in order: one per entry of their moments.
 
-        moments  one entry per matrix; None where nothing is known of its inputs
-        factors  [cols] float32 that the columns are multiplied with; moments are those before it
-        Raises BadWeightsError for weights or moments that are not finite.
+        Raises BadWeightsError for weights or moments that are not finite, or too large for a scale.
         """
-        for W, seen in zip(self._matrices(step), moments, strict=True):
-            yield self._one(step, W, seen, factors)
+        batch: list[_Matrix] = []
+        for task in tasks:
+            for W, moments in zip(_matrices(task.step), task.moments, strict=True):
+                batch.append(self._matrix(task, W, moments))
+                if sum(piece.W.numel() for matrix in batch for piece in matrix.pieces) >= BATCH:
+                    yield from self._spread(batch)
+                    batch = []
+        yield from self._spread(batch)
 
-    def _matrices(self, step: Step) -> Iterator[Tensor]:
-        """The matrices [rows, cols] float32 that have a tap each: the tensor, or one per expert."""
-        for part in step.tensor.parts if len(step.tensor.shape) == 3 else [None]:
-            W = part.read() if part else torch.cat([piece.read() for piece in step.tensor.parts])
-            for matrix in W.unbind(0) if W.dim() == 3 else [W]:
-                check_finite(step.tensor, matrix, W)
-                yield matrix.float()
-
-    def _one(self, step: Step, W: Tensor, moments: Moments | None, factors: Tensor | None) -> QuantizedTensor:
-        grid = cast(Adaptive, step.kind.grid)
+    def _matrix(self, task: Task, W: Tensor, moments: Moments | None) -> _Matrix:
+        shift = None
         if moments is None or moments.is_empty:
             c = curvature(torch.zeros(W.shape[1], W.shape[1]))
-            inside = step.tensor.name.startswith("blk.")
+            inside = task.step.tensor.name.startswith("blk.")
             note = "no calibration token came here" if inside else "an embedding: all columns count the same"
         else:
-            moments.check(step.tensor.name)
+            moments.check(task.step.tensor.name)
             c = self.curvature_of(moments)
             note = "; ".join(each for each in (moments.note, c.note) if each)
             if moments.C is not None and self._strength:
-                W = torch.addmm(W, W, self._shift(moments, moments.C), alpha=self._strength)
-        if factors is not None:
-            W, c = W * factors, c.rescaled(factors)
+                shift = self._shift(moments, moments.C)
+        if task.factors is not None:
+            c = c.rescaled(task.factors)
+        return _Matrix([_Piece(task.step, rows, c, shift, task.factors) for rows in W.split(ROWS)], moments, note)
+
+    def _spread(self, batch: list[_Matrix]) -> Iterator[QuantizedTensor]:
+        found = iter(spread(self._one, [piece for each in batch for piece in each.pieces], lambda piece: piece.cost))
+        for matrix in batch:
+            parts = [next(found) for _ in matrix.pieces]
+            together = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            codes, after, before = (together.pop(key) for key in (CODES, AFTER, BEFORE))
+            seen, step = matrix.moments, matrix.pieces[0].step
+            counts = (seen.n_tokens, seen.n_lost, seen.n_dead) if seen else (0, 0, 0)
+            named, losses = (step.tensor.name, step.kind.name, step.rounding), (after.sum().item(), before.sum().item())
+            self.losses.append(TensorLoss(*named, *losses, *counts, matrix.note))
+            shape = sum(piece.W.shape[0] for piece in matrix.pieces), matrix.pieces[0].W.shape[1]
+            yield QuantizedTensor(step.kind.grid, shape, codes, together)
+
+    def _one(self, piece: _Piece) -> dict[str, Tensor]:
+        """Codes and parameters of the rows, the loss of each, and that of plain rounding."""
+        W, c, grid = piece.W, piece.c, cast(Adaptive, piece.step.kind.grid)
+        if piece.shift is not None:
+            W = torch.addmm(W, W, piece.shift, alpha=self._strength)
+        if piece.factors is not None:
+            W = W * piece.factors
         try:
-            quantized = METHODS[step.rounding](W, grid, c, self._effort)
-            plain = nearest(W, grid)
+            found, plain = rounded(piece.step.rounding, W, grid, c, self._effort)
         except OverflowError as error:
-            raise too_large(step, error) from None
-        after, before = (loss(W, each.dequantize(), c.H).sum().item() for each in (quantized, plain))
-        counts = (moments.n_tokens, moments.n_lost, moments.n_dead) if moments else (0, 0, 0)
-        name, kind = step.tensor.name, step.kind.name
-        self.losses.append(TensorLoss(name, kind, step.rounding, after, before, *counts, note))
-        return quantized
+            raise too_large(piece.step, error) from None
+        losses = {AFTER: found.loss.double(), BEFORE: plain.loss.double()}
+        return {**found.quantized.params, CODES: found.quantized.codes, **losses}
 
     def curvature_of(self, moments: Moments) -> Curvature:
         """Factored once for all weights that share a tap."""
@@ -96,3 +151,12 @@ class Rounder:
         if moments not in self._shifts:
             self._shifts[moments] = target_shift(moments.H, C, self._effort.damping)
         return self._shifts[moments]
+
+
+def _matrices(step: Step) -> Iterator[Tensor]:
+    """The matrices [rows, cols] float32 that have a tap each: the tensor, or one per expert."""
+    for part in step.tensor.parts if len(step.tensor.shape) == 3 else [None]:
+        W = part.read() if part else torch.cat([piece.read() for piece in step.tensor.parts])
+        for matrix in W.unbind(0) if W.dim() == 3 else [W]:
+            check_finite(step.tensor, matrix, W)
+            yield matrix.float()

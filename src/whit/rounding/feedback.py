@@ -25,8 +25,6 @@ from whit.rounding.steps import round_span
 
 Scales = Literal["search", "range"]
 
-ROWS = 8192  # rows at a time, which bounds memory
-
 
 def feedback(W: Tensor, grid: Adaptive, c: Curvature, late: bool = True, scales: Scales = "search") -> QuantizedTensor:
     """Codes and parameters of W [rows, cols] float32 under the curvature of its inputs.
@@ -35,21 +33,8 @@ def feedback(W: Tensor, grid: Adaptive, c: Curvature, late: bool = True, scales:
     scales  "search" weighs errors on the compensated target; "range" takes the range rule on W itself, as GPTQ does
     Raises ValueError when cols does not fit the grid, OverflowError when a scale leaves its dtype.
     """
-    parts = [_rows(part, grid, c.R, late and scales == "search", scales) for part in W.split(ROWS)]
-    return stacked(parts)
-
-
-def stacked(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """Matrices on one grid, one below the other."""
-    if len(parts) == 1:
-        return parts[0]
-    params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
-    shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    return QuantizedTensor(parts[0].grid, shape, torch.cat([part.codes for part in parts]), params)
-
-
-def _rows(W: Tensor, grid: Adaptive, R: Tensor, late: bool, scales: Scales) -> QuantizedTensor:
     rows, cols = W.shape
+    R, late = c.R, late and scales == "search"
     weights = R.diagonal().square()
     pull = R / R.diagonal()  # column i divided by R_ii
     outer, *_, inner = (*grid.spans(cols), grid.spans(cols)[-1])

@@ -20,7 +20,7 @@ from whit.grids.quantized import QuantizedTensor
 from whit.rounding.curvature import Curvature
 from whit.rounding.feedback import feedback
 from whit.rounding.nearest import ROUNDINGS, nearest, search
-from whit.rounding.polish import better_rows, polish
+from whit.rounding.polish import Scored, better_rows, polish, scored
 
 Method = Callable[[Tensor, Adaptive, Curvature, "Effort"], QuantizedTensor]
 
@@ -52,13 +52,22 @@ def gptq(W: Tensor, grid: Adaptive, c: Curvature, effort: Effort) -> QuantizedTe
 
 
 def polished(W: Tensor, grid: Adaptive, c: Curvature, effort: Effort) -> QuantizedTensor:
-    """Feedback, then polish, then per row the better of that and plain rounding."""
-    result = feedback(W, grid, c, late=effort.late)
-    result = polish(W, result, grid, c, effort.sweeps)
-    return better_rows(W, result, nearest(W, grid), c.H)
+    """Feedback, then polish."""
+    return polish(W, feedback(W, grid, c, late=effort.late), grid, c, effort.sweeps)
 
 
-METHODS: dict[str, Method] = {"weighted": weighted, "gptq": gptq, "feedback": polished}
+FLOORED = "feedback"
+METHODS: dict[str, Method] = {"weighted": weighted, "gptq": gptq, FLOORED: polished}
+
+
+def rounded(name: str, W: Tensor, grid: Adaptive, c: Curvature, effort: Effort) -> tuple[Scored, Scored]:
+    """W [rows, cols] float32 by the method called `name`, and for comparison by plain rounding.
+
+    Raises ValueError when cols does not fit the grid, OverflowError when a scale leaves its dtype.
+    """
+    plain = scored(W, nearest(W, grid), c.H)
+    found = scored(W, METHODS[name](W, grid, c, effort), c.H)
+    return (better_rows(found, plain) if name == FLOORED else found), plain
 
 
 def check_rounding(name: str) -> None:

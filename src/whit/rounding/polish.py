@@ -11,13 +11,14 @@ Source: arXiv 2309.01885 (QuantEase), arXiv 2406.17542 (CDQuant), arXiv 2602.021
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from whit.grids.grid import Adaptive, Params
 from whit.grids.quantized import QuantizedTensor
 from whit.rounding.curvature import Curvature
-from whit.rounding.feedback import ROWS, stacked
 from whit.rounding.steps import descend_span
 
 
@@ -32,34 +33,40 @@ def polish(W: Tensor, quantized: QuantizedTensor, grid: Adaptive, c: Curvature, 
 
     W  [rows, cols] float32
     """
-    parts, start = [], 0
-    for part in W.split(ROWS):
-        stop = start + part.shape[0]
-        params = {name: value[start:stop] for name, value in quantized.params.items()}
-        parts.append(_polished(part, quantized.codes[start:stop], params, grid, c.H, sweeps))
-        start = stop
-    return stacked(parts)
+    Wt, codes = W.T.contiguous(), quantized.codes.T.contiguous()  # [cols, rows]; codes [steps, rows]
+    params: Params = quantized.params
+    delta = quantized.dequantize().T - Wt
+    params = _refit(delta, codes, params, grid, c.H)
+    for _ in range(sweeps):
+        if not _descend(delta, codes, params, grid, c.H):
+            break
+        params = _refit(delta, codes, params, grid, c.H)
+    return QuantizedTensor(grid, quantized.shape, codes.T.contiguous(), dict(params))
 
 
-def better_rows(W: Tensor, first: QuantizedTensor, second: QuantizedTensor, H: Tensor) -> QuantizedTensor:
-    """Row by row whichever of two candidates loses less; the first where they tie."""
-    second_wins = loss(W, second.dequantize(), H) < loss(W, first.dequantize(), H)  # [rows]
+@dataclass(frozen=True)
+class Scored:
+    """A rounded matrix and the loss of each of its rows, [rows] float32."""
+
+    quantized: QuantizedTensor
+    loss: Tensor
+
+
+def scored(W: Tensor, quantized: QuantizedTensor, H: Tensor) -> Scored:
+    """With its loss as W [rows, cols] rounded."""
+    return Scored(quantized, loss(W, quantized.dequantize(), H))
+
+
+def better_rows(first: Scored, second: Scored) -> Scored:
+    """Row by row whichever of two candidates on one grid loses less; the first where they tie."""
+    second_wins = second.loss < first.loss  # [rows]
     if not second_wins.any():
         return first
-    chosen = second_wins[:, None]
-    params = {name: torch.where(chosen, second.params[name], value) for name, value in first.params.items()}
-    return QuantizedTensor(first.grid, first.shape, torch.where(chosen, second.codes, first.codes), params)
-
-
-def _polished(W: Tensor, codes: Tensor, params: Params, grid: Adaptive, H: Tensor, sweeps: int) -> QuantizedTensor:
-    Wt, codes = W.T.contiguous(), codes.T.contiguous()  # [cols, rows]
-    delta = grid.decode(codes.T, params).T - Wt
-    params = _refit(delta, codes, params, grid, H)
-    for _ in range(sweeps):
-        if not _descend(delta, codes, params, grid, H):
-            break
-        params = _refit(delta, codes, params, grid, H)
-    return QuantizedTensor(grid, (W.shape[0], W.shape[1]), codes.T.contiguous(), params)
+    a, b, chosen = first.quantized, second.quantized, second_wins[:, None]
+    params = {name: torch.where(chosen, b.params[name], value) for name, value in a.params.items()}
+    codes = torch.where(chosen, b.codes, a.codes)
+    least = torch.where(second_wins, second.loss, first.loss)
+    return Scored(QuantizedTensor(a.grid, a.shape, codes, params), least)
 
 
 def _descend(delta: Tensor, codes: Tensor, params: Params, grid: Adaptive, H: Tensor) -> bool:

@@ -73,17 +73,23 @@ def _round_scalars(
     first, last = span.start, span.stop
     pull = R[:last, first:last] / R.diagonal()[first:last]
     targets = torch.addmm(Wt[first:last], pull[:first].T, errors[:first])
-    inverse = inverted(scale)
-    for i in span:
-        target = targets[i - first]
-        if i > first:
-            target = torch.addmv(target, errors[first:i].T, pull[first:i, i - first])
-        x = target * inverse if offset is None else (target - offset).mul_(inverse)
-        codes[i] = grid.levels.nearest(x)
-        value = grid.levels.values(codes[i]).mul_(scale)
+    back = pull[first:].T.contiguous()  # [columns, columns], row k holds what column k owes to the ones before it
+    inverse, own = inverted(scale), errors[first:last]
+    chosen = torch.empty_like(targets)  # levels
+    rows = zip(
+        targets.unbind(0), Wt[first:last].unbind(0), own.unbind(0), chosen.unbind(0), back.unbind(0), strict=True
+    )
+    # the calls on single columns are what this takes its time for: as few as can be
+    for k, (target, w, error, level, weights) in enumerate(rows):
+        if k:
+            target.addmv_(own[:k].T, weights[:k])
         if offset is not None:
-            value += offset
-        torch.sub(Wt[i], value, out=errors[i])
+            target -= offset
+        torch.mul(level.copy_(grid.levels.snap(target.mul_(inverse))), scale, out=target)
+        if offset is not None:
+            target += offset
+        torch.sub(w, target, out=error)
+    codes[first:last] = grid.levels.nearest(chosen)
 
 
 def _round_vectors(
@@ -102,22 +108,23 @@ def _round_vectors(
 
 def _descend_scalars(delta: Tensor, codes: Tensor, H: Tensor, span: range, grid: Scalar, scale: Tensor) -> bool:
     first, last = span.start, span.stop
-    inverse = inverted(scale)
-    gradient = H[first:last] @ delta  # [columns, rows]
-    changed = False
-    for i in span:
-        k = i - first
-        old = grid.levels.values(codes[i]).mul_(scale)
-        wanted = torch.add(old, gradient[k], alpha=-1.0 / H[i, i].item())  # less the offset, which cancels
-        code = grid.levels.nearest(wanted.mul_(inverse))
-        change = grid.levels.values(code).mul_(scale).sub_(old)
+    inverse, own = inverted(scale), slice(first, last)
+    square = H[own, own] / -H.diagonal()[own, None]
+    gradients = torch.mm(H[own] / -H.diagonal()[own, None], delta)  # [columns, rows], the step that each would take
+    old = grid.levels.values(codes[own]).mul_(scale)
+    changes = torch.empty_like(old)
+    rows = zip(gradients.unbind(0), old.unbind(0), changes.unbind(0), square.unbind(0), strict=True)
+    for k, (wanted, before, change, weights) in enumerate(rows):
+        if k:
+            wanted.addmv_(changes[:k].T, weights[:k])
+        wanted += before  # less the offset, which cancels
         # the nearest level never raises the loss, except by a tie's rounding error
-        codes[i] = code
-        delta[i] += change
-        if i + 1 < last:
-            gradient[k + 1 :].addr_(H[i + 1 : last, i], change)
-        changed = changed or bool(change.any())
-    return changed
+        torch.sub(grid.levels.snap(wanted.mul_(inverse)).mul_(scale), before, out=change)
+    if not changes.any():
+        return False
+    delta[own] += changes
+    codes[own] = grid.levels.nearest((old + changes) * inverse)
+    return True
 
 
 def _descend_vectors(delta: Tensor, codes: Tensor, H: Tensor, span: range, grid: Vector, scale: Tensor) -> bool:

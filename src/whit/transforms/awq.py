@@ -11,7 +11,7 @@ Source: arXiv 2306.00978 (AWQ), equations 4 and 5; the rest in docs/rounding.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,23 +31,27 @@ RANGE = 1e3  # factors stay within 1/RANGE..RANGE of their geometric mean
 
 @dataclass(frozen=True)
 class Sample:
-    """Some rows of a consumer.
+    """Some rows of consumers that share an input and a grid.
 
     W       [n, cols] float32
-    grid    what it will be rounded to
-    weight  rows of the consumer per sampled row
+    grid    what they will be rounded to
+    weight  [n] float32, rows of the consumer that a sampled row stands for
     """
 
     W: Tensor
     grid: Adaptive
-    weight: float
+    weight: Tensor
 
 
-def sampled(W: Tensor, grid: Adaptive, n_rows: int = ROWS) -> Sample:
-    """`n_rows` rows of W [rows, cols], evenly spaced."""
-    n = min(n_rows, W.shape[0])
-    chosen = torch.linspace(0, W.shape[0] - 1, n).round().long()
-    return Sample(W[chosen].contiguous(), grid, W.shape[0] / n)
+def sampled(consumers: Iterable[tuple[Tensor, Adaptive]]) -> list[Sample]:
+    """ROWS evenly spaced rows of every matrix [rows, cols], put together by grid."""
+    found: dict[Adaptive, tuple[list[Tensor], list[Tensor]]] = {}
+    for W, grid in consumers:
+        n = min(ROWS, W.shape[0])
+        parts, weights = found.setdefault(grid, ([], []))
+        parts.append(W[torch.linspace(0, W.shape[0] - 1, n).round().long()])
+        weights.append(torch.full((n,), W.shape[0] / n))
+    return [Sample(torch.cat(parts), grid, torch.cat(weights)) for grid, (parts, weights) in found.items()]
 
 
 def column_factors(samples: Sequence[Sample], c: Curvature, channel: Tensor) -> Tensor | None:
@@ -58,16 +62,13 @@ def column_factors(samples: Sequence[Sample], c: Curvature, channel: Tensor) -> 
     """
     n_channels = int(channel.max()) + 1
     total = torch.zeros(n_channels)
-    mass = torch.cat([each.W * each.weight**0.5 for each in samples]).square().mean(0)
+    mass = torch.cat([each.W * each.weight[:, None].sqrt() for each in samples]).square().mean(0)
     inputs = total.index_add(0, channel, c.H.diagonal())
     weights = total.index_add(0, channel, mass)
-    found: list[tuple[float, Tensor]] = []
-    for a, b in EXPONENTS:
-        t = _factors(inputs, weights, a, b)
-        found.append((_screened(samples, c.rescaled(t[channel]), t[channel]), t))
-    best = min(found, key=lambda each: each[0])[1]
-    before = _loss(samples, c, torch.ones(len(channel)))
-    after = _loss(samples, c.rescaled(best[channel]), best[channel])
+    candidates = [_factors(inputs, weights, a, b) for a, b in EXPONENTS]
+    errors = [_screened(samples, c.rescaled(t[channel]), t[channel]) for t in candidates]
+    best = candidates[errors.index(min(errors))]
+    after, before = (_loss(samples, c.rescaled(t), t) for t in (best[channel], torch.ones(len(channel))))
     return best if after < WORTH * before else None
 
 
@@ -89,7 +90,7 @@ def _screened(samples: Sequence[Sample], c: Curvature, t: Tensor) -> float:
     total = 0.0
     for each in samples:
         W = each.W * t
-        total += each.weight * ((search(W, each.grid, weights).dequantize() - W).square() @ weights).sum().item()
+        total += (each.weight @ (search(W, each.grid, weights).dequantize() - W).square() @ weights).item()
     return total
 
 
@@ -98,5 +99,5 @@ def _loss(samples: Sequence[Sample], c: Curvature, t: Tensor) -> float:
     total = 0.0
     for each in samples:
         W = each.W * t
-        total += each.weight * loss(W, feedback(W, each.grid, c).dequantize(), c.H).sum().item()
+        total += (each.weight @ loss(W, feedback(W, each.grid, c).dequantize(), c.H).float()).item()
     return total
