@@ -26,7 +26,7 @@ class Preset:
 
 
 PRESETS = {
-    "fast": Preset(12, 0.0, Effort(sweeps=1)),
+    "fast": Preset(8, 0.0, Effort(sweeps=1)),
     "balanced": Preset(48, 0.5, Effort(sweeps=3)),
     "best": Preset(160, 0.5, Effort(sweeps=8)),
 }
