@@ -1,6 +1,6 @@
 """SmolLM2 with a hidden size of 768: the same function, in rows that are whole superblocks of 256.
 
-`python -m bench.stretched FILE.gguf` spreads the 576 hidden channels over 768 places, three of every four, zeros between;
+`python -m bench.stretched FILE.gguf` spreads the 576 hidden channels over 768 places, three of four, zeros between;
 adds three query heads and one key/value head of zeros, so that rows of the output projection are whole too. RMSNorm
 divides by the mean square over 768 channels of which a quarter are zero: its weights are multiplied with
 sqrt(576 / 768) and its epsilon with 576 / 768, and nothing has changed. A mixture then meets the weights of a real

@@ -2,8 +2,8 @@
 
 torch spreads one operation over its threads, which pays for large ones only, and Python's threads wait for each other
 between the hundreds of thousands of small ones that the roundings are made of: on two cores they took longer than one
-(docs/log.md). So forked processes do the work side by side, as torch's own data loaders do. Each item is computed by
-one thread wherever it lands, so the results do not depend on the machine.
+(docs/log.md). So forked processes do the work side by side, as torch's own data loaders do, each taking the next item
+when it is done with one. An item is computed by one thread wherever it lands: the results do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ Item = TypeVar("Item")
 Result = dict[str, Tensor]
 
 CAN_FORK = sys.platform == "linux"  # elsewhere forked processes may not use the system's libraries
+MOST = 1 << 14  # indexes of four bytes that a pipe holds
+INDEX = 4
 
 
 def spread(
@@ -30,40 +32,46 @@ def spread(
     """`function` of every item, in order, on as many cores as torch may use, each item on one of them.
 
     What the function changes in place stays in the process that ran it: only results come back.
-    cost  of an item in any unit, by which the cores are given like amounts
+    function  gives at least one tensor
+    cost      of an item in any unit; the dearest are begun first
     Raises what the function raises.
     """
     threads = torch.get_num_threads()
-    shares = _shares([cost(item) for item in items], threads if CAN_FORK else 1)
-    children: list[tuple[int, int, int]] = []
+    n = min(threads, len(items)) if CAN_FORK and len(items) <= MOST else 1
     torch.set_num_threads(1)
     try:
-        children = [_child(function, [items[i] for i in share]) for share in shares[1:]]
-        own = [function(items[i]) for i in shares[0]]
+        if n <= 1:
+            return [function(item) for item in items]
+        todo, filled = os.pipe()
+        order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
+        os.write(filled, b"".join(i.to_bytes(INDEX, "little") for i in order))
+        os.close(filled)
+        children: list[tuple[int, int]] = []
+        try:
+            children = [_child(function, items, todo) for _ in range(n - 1)]
+            found = _worked(function, items, todo)
+        finally:
+            os.close(todo)
+            collected = [_collected(*child) for child in children]
+        for each in collected:
+            found |= each
+        # what a process did not finish is done again here, where its error can be raised
+        return [found[i] if i in found else function(item) for i, item in enumerate(items)]
     finally:
         torch.set_num_threads(threads)
-        collected = [_collected(*child) for child in children]
-    found = dict(zip(shares[0], own, strict=True))
-    for share, answer in zip(shares[1:], collected, strict=True):
-        if answer is None:  # done again here, where the error can be raised
-            answer = [function(items[i]) for i in share]
-        found.update(zip(share, answer, strict=True))
-    return [found[i] for i in range(len(items))]
 
 
-def _shares(costs: list[float], n: int) -> list[list[int]]:
-    """Indexes for at most n workers: the dearest item first, always to the one with the least to do."""
-    shares: list[list[int]] = [[] for _ in range(max(1, min(n, len(costs))))]
-    load = [0.0] * len(shares)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        least = load.index(min(load))
-        shares[least].append(i)
-        load[least] += costs[i]
-    return shares
+def _worked(function: Callable[[Item], Result], items: Sequence[Item], todo: int) -> dict[int, Result]:
+    """Results of the items whose indexes this process got to read."""
+    found = {}
+    while index := os.read(todo, INDEX):
+        i = int.from_bytes(index, "little")
+        found[i] = function(items[i])
+    return found
 
 
-def _child(function: Callable[[Item], Result], items: list[Item]) -> tuple[int, int, int]:
-    """Start a process on some items: how many these are, its number, and where its results can be read."""
+def _child(function: Callable[[Item], Result], items: Sequence[Item], todo: int) -> tuple[int, int]:
+    """Start a process: its number, and where its results can be read."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         # The warning is about locks that other threads hold; the child takes none: it computes on one thread.
@@ -71,12 +79,17 @@ def _child(function: Callable[[Item], Result], items: list[Item]) -> tuple[int, 
         pid = os.fork()
     if pid:
         os.close(writer)
-        return len(items), pid, reader
+        return pid, reader
     status = 1
     try:
         os.close(reader)
-        answers = [function(item) for item in items]
-        named = {f"{i} {name}": value.contiguous() for i, each in enumerate(answers) for name, value in each.items()}
+        found = _worked(function, items, todo)
+        named = {}
+        for i, each in found.items():
+            for name, value in each.items():
+                kind = str(value.dtype).removeprefix("torch.")
+                small = value.dtype.itemsize == 1  # as bytes: not every such type can be read back
+                named[f"{i} {kind} {name}"] = value.contiguous().view(torch.uint8 if small else value.dtype)
         with os.fdopen(writer, "wb") as pipe:
             pipe.write(save(named))
         status = 0
@@ -84,15 +97,14 @@ def _child(function: Callable[[Item], Result], items: list[Item]) -> tuple[int, 
         os._exit(status)  # no cleanup of what belongs to the parent, no traceback
 
 
-def _collected(n: int, pid: int, reader: int) -> list[Result] | None:
-    """The results of n items that a process found, None when it failed."""
+def _collected(pid: int, reader: int) -> dict[int, Result]:
+    """Results of the items that a process did; none when it failed."""
     with os.fdopen(reader, "rb") as pipe:
         raw = pipe.read()
     _, status = os.waitpid(pid, 0)
-    if status:
-        return None
-    answers: list[Result] = [{} for _ in range(n)]
-    for key, value in load(raw).items():
-        i, name = key.split(" ", 1)
-        answers[int(i)][name] = value
-    return answers
+    found: dict[int, Result] = {}
+    if not status:
+        for key, value in load(raw).items():
+            i, kind, name = key.split(" ", 2)
+            found.setdefault(int(i), {})[name] = value.view(getattr(torch, kind))
+    return found

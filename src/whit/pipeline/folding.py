@@ -59,7 +59,7 @@ def folded(
     chosen = spread(_chosen, todo, lambda each: len(each[1]) * len(each[0].channel) ** 1.2)
     result = Folded({}, {})
     for (pair, *_), found in zip(todo, chosen, strict=True):
-        if found:
+        if len(found[FACTORS]):
             _fold(pair, found[FACTORS], steps, result)
     return result
 
@@ -94,7 +94,7 @@ def _fold(pair: Pair, t: Tensor, steps: Mapping[str, Step], result: Folded) -> N
 def _chosen(task: tuple[Pair, list[Sample], Curvature]) -> dict[str, Tensor]:
     pair, samples, c = task
     t = column_factors(samples, c, pair.channel)
-    return {} if t is None else {FACTORS: t}
+    return {FACTORS: torch.empty(0) if t is None else t}
 
 
 def _samples(pair: Pair, steps: Mapping[str, Step]) -> list[Sample]:

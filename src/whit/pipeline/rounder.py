@@ -21,7 +21,7 @@ from whit.pipeline.plan import Step
 from whit.rounding.curvature import Curvature, curvature
 from whit.rounding.methods import Effort, rounded
 
-ROWS = 2048  # rounded at a time, by one core
+ROWS = 1024  # rounded at a time, by one core
 CODES, AFTER, BEFORE = "codes", "loss", "plain loss"  # beside the parameters of the grid
 BATCH = 1 << 26  # weights read before they are spread over the cores
 
