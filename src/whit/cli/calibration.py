@@ -20,7 +20,7 @@ DOCUMENTATION, SAMPLED, HUB = "docs", "sampled", "hf:"
 DEFAULT = DOCUMENTATION
 CALIB_HELP = (
     "What to calibrate on: a text file, `docs` (documentation that ships with Python), `sampled` (text that the model "
-    "writes itself) or `hf:OWNER/NAME[/FILE]`, a data set on the hub."
+    "writes itself), `hf:OWNER/NAME` or `hf:OWNER/NAME/FILE` (a data set on the hub)."
 )
 
 
