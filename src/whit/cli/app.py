@@ -24,7 +24,7 @@ INTERRUPTED = 130
 VERBS = {
     "demo": ("whit.cli.demo", "Quantize a real model, measure what was lost, and run it."),
     "quantize": ("whit.cli.quantize", "Make a model smaller: write a GGUF file by a recipe."),
-    "imatrix": ("whit.cli.imatrix", "Write the importance matrix of a model, for this tool or llama.cpp."),
+    "imatrix": ("whit.cli.imatrix", "Write the importance matrix of a model."),
     "eval": ("whit.cli.eval", "Measure what a file lost against the original."),
     "run": ("whit.cli.run", "Let a GGUF file answer a prompt."),
     "memory": ("whit.cli.memory", "Bytes to store, run and train a model, before doing it."),
