@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from whit.calibration.text import WINDOW, Text, documentation_text, read_text
@@ -16,16 +17,15 @@ from whit.pipeline.effort import PRESETS, Calibration
 from whit.pipeline.quantize import plan_gguf
 from whit.recipes.named import recipe_named
 
-DOCUMENTATION, SAMPLED, HUB = "docs", "sampled", "hf:"
-DEFAULT = DOCUMENTATION
+DOCUMENTATION, SAMPLED, MIXED, HUB = "docs", "sampled", "mixed", "hf:"
 CALIB_HELP = (
     "What to calibrate on: a text file, `docs` (documentation that ships with Python), `sampled` (text that the model "
-    "writes itself), `hf:OWNER/NAME` or `hf:OWNER/NAME/FILE` (a data set on the hub)."
+    "writes itself), `mixed` (half and half), `hf:OWNER/NAME` or `hf:OWNER/NAME/FILE` (a data set on the hub)."
 )
 
 
 def calibration_windows(
-    model: Model, n_windows: int, calib: str = DEFAULT, most: int | None = None
+    model: Model, n_windows: int, calib: str = DOCUMENTATION, most: int | None = None
 ) -> tuple[Tensor, str]:
     """Token ids [n, length] int64 and what they are.
 
@@ -34,6 +34,13 @@ def calibration_windows(
     Raises TextError when the text cannot be had or is too short for one window.
     """
     length = min(most or WINDOW, longest(model))
+    if calib == MIXED:
+        n_sampled = n_windows // 2
+        first, source = calibration_windows(model, n_windows - n_sampled, DOCUMENTATION, most)
+        if not n_sampled:
+            return first, source
+        second, other = calibration_windows(model, n_sampled, SAMPLED, most)
+        return torch.cat([first, second]), f"{source}, and {other}"
     if calib == SAMPLED:
         from whit.models.sampling import sampled_windows  # it imports transformers, which takes seconds
 
@@ -48,10 +55,10 @@ def calibration_windows(
     return ids, f"{len(ids)} windows of {length} tokens{short}: {text.description}"
 
 
-def calibration_for(model: Model, preset: str, calib: str = DEFAULT, n_windows: int | None = None) -> Calibration:
-    """A preset's effort on a text. n_windows: the preset's number when None."""
+def calibration_for(model: Model, preset: str, calib: str | None = None, n_windows: int | None = None) -> Calibration:
+    """A preset's effort on a text. calib, n_windows: the preset's when None."""
     work = PRESETS[preset]
-    ids, source = calibration_windows(model, n_windows or work.windows, calib)
+    ids, source = calibration_windows(model, n_windows or work.windows, calib or work.text)
     return Calibration(ids, work.strength, work.effort, source)
 
 

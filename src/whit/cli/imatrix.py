@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from whit.checkpoints.imatrix import write_imatrix
-from whit.cli.calibration import CALIB_HELP, DEFAULT, calibration_windows
+from whit.cli.calibration import CALIB_HELP, MIXED, calibration_windows
 from whit.cli.progress import progress_bar
 from whit.models.open import open_model
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS
@@ -19,7 +19,7 @@ from whit.pipeline.quantize import gather_importance
 def command(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a built-in name (smollm2-135m).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A .gguf file, or .dat for older versions of llama.cpp.")],
-    calib: Annotated[str, typer.Option(help=CALIB_HELP)] = DEFAULT,
+    calib: Annotated[str, typer.Option(help=CALIB_HELP)] = MIXED,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens.")] = PRESETS[DEFAULT_PRESET].windows,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from whit.checkpoints.atomic import whole_file
 from whit.checkpoints.imatrix import read_imatrix
-from whit.cli.calibration import CALIB_HELP, DEFAULT, calibration_for
+from whit.cli.calibration import CALIB_HELP, calibration_for
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
 from whit.models.open import open_model
@@ -26,6 +26,7 @@ from whit.rounding.methods import METHODS, check_rounding
 from whit.rounding.nearest import ROUNDINGS
 
 N_WORST = 3  # tensors named after a run
+CALIB_DEFAULTS = ", ".join(f"`{preset.text}` for {name}" for name, preset in PRESETS.items())
 ROUNDING_HELP = (
     f"One of: {', '.join([*ROUNDINGS, *METHODS])}. `nearest` and `search` need no calibration text; the others look at "
     "what arrives at every layer."
@@ -38,7 +39,9 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write.")],
     preset: Annotated[str, typer.Option(help=f"How much work: {', '.join(PRESETS)}.")] = DEFAULT_PRESET,
     rounding: Annotated[str, typer.Option(help=ROUNDING_HELP)] = "feedback",
-    calib: Annotated[str, typer.Option(help=CALIB_HELP)] = DEFAULT,
+    calib: Annotated[
+        str | None, typer.Option(help=f"{CALIB_HELP} When not given: {CALIB_DEFAULTS}.", show_default=False)
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Windows of 512 tokens to calibrate on, instead of the preset's number.")
     ] = None,

@@ -16,19 +16,21 @@ class Preset:
     """A named amount of work.
 
     windows   of 512 calibration tokens
+    text      what they are when nothing is said: `docs`, or `mixed` with text that the model writes, which takes longer
     strength  how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all
     effort    of the rounding itself
     """
 
     windows: int
+    text: str
     strength: float
     effort: Effort
 
 
 PRESETS = {
-    "fast": Preset(8, 0.0, Effort(sweeps=1)),
-    "balanced": Preset(48, 0.5, Effort(sweeps=3)),
-    "best": Preset(160, 0.5, Effort(sweeps=8)),
+    "fast": Preset(8, "docs", 0.0, Effort(sweeps=1)),
+    "balanced": Preset(48, "mixed", 0.5, Effort(sweeps=3)),
+    "best": Preset(160, "mixed", 0.5, Effort(sweeps=8)),
 }
 DEFAULT_PRESET = "balanced"
 
