@@ -52,7 +52,8 @@ def curvature(H: Tensor, damping: float = DAMPING) -> Curvature:
         eye = torch.eye(H.shape[0])
         return Curvature(eye, eye, "no input was ever active: plain squared error")
     for factor in LADDER:
-        damped = H + damping * factor * mean * torch.eye(H.shape[0], dtype=H.dtype)
+        damped = H.clone()
+        damped.diagonal().add_(damping * factor * mean)
         R = _upper_factor(damped)
         if R is not None:
             note = "" if factor == 1 else f"second moments needed {factor:g} times the usual damping"
