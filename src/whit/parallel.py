@@ -3,7 +3,7 @@
 torch spreads one operation over its threads, which pays for large ones only, and Python's threads wait for each other
 between the hundreds of thousands of small ones that the roundings are made of: on two cores they took longer than one
 (docs/log.md). So forked processes do the work side by side, as torch's own data loaders do, each taking the next item
-when it is done with one. An item is computed by one thread wherever it lands: the results do not depend on the machine.
+when it is done with one. An item is computed by one thread wherever it lands: results do not depend on how many cores there are.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def spread(
             children = [_child(function, items, todo) for _ in range(n - 1)]
             found = _worked(function, items, todo)
         finally:
+            while os.read(todo, INDEX * MOST):  # after an error or an interrupt nobody begins another item
+                pass
             os.close(todo)
             collected = [_collected(*child) for child in children]
         for each in collected:

@@ -23,7 +23,7 @@ from whit.rounding.feedback import feedback
 from whit.rounding.nearest import search
 from whit.rounding.polish import loss
 
-EXPONENTS = ((0.0, 1.0), (0.1, 0.9), (0.15, 0.85), (0.25, 0.75))  # a, b; others were never the best (docs/rounding.md)
+EXPONENTS = ((0.0, 1.0), (0.1, 0.9), (0.15, 0.85), (0.25, 0.75))  # a, b; the optimum is flat (docs/rounding.md)
 ROWS = 64  # sampled from every consumer
 WORTH = 0.98  # a loss above this share of the loss without is not worth a change
 RANGE = 1e3  # factors stay within 1/RANGE..RANGE of their geometric mean
