@@ -3,7 +3,8 @@
 torch spreads one operation over its threads, which pays for large ones only, and Python's threads wait for each other
 between the hundreds of thousands of small ones that the roundings are made of: on two cores they took longer than one
 (docs/log.md). So forked processes do the work side by side, as torch's own data loaders do, each taking the next item
-when it is done with one. An item is computed by one thread wherever it lands: results do not depend on how many cores there are.
+when it is done with one. An item is computed by one thread wherever it lands, so that results do not depend on the
+number of processes.
 """
 
 from __future__ import annotations
