@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from whit.checkpoints.source import TensorInfo, TensorSource
@@ -60,6 +61,11 @@ class GGUFTensor:
     def n_weights(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    def read(self) -> Tensor:
+        """All values, float32."""
+        first, *rest = (part.read().float() for part in self.parts)
+        return torch.cat([first, *rest]) if rest else first  # most have one part, which may be large: no copy
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class _Overlay:
     def read(self, name: str) -> Tensor:
         if name in self.replaced:
             return self.replaced[name]
-        return torch.cat([part.read().float() for part in self._tensors[name].parts])
+        return self._tensors[name].read()
 
 
 class Links:

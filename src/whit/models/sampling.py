@@ -5,6 +5,8 @@ Source: arXiv 2305.17888 (LLM-QAT) trains on text sampled like this; here it onl
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from whit.models.model import Model
 from whit.models.skeleton import load_module, quiet
 
-BATCH = 16  # windows sampled side by side
+BATCH = 24  # windows sampled side by side
 
 
 def sampled_windows(
@@ -34,7 +36,9 @@ def sampled_windows(
         for done in range(0, n_windows, BATCH):
             tell(done, n_windows, "text from the model")
             first = torch.randint(vocabulary, (min(BATCH, n_windows - done), 1))
-            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            # A cache of one size for the whole window: one that grows leaves a kernel and a hole in memory per length.
+            options |= {"cache_implementation": "static", "disable_compile": True}
             parts.append(
                 module.generate(
                     first,
@@ -47,4 +51,13 @@ def sampled_windows(
                 )
             )
     tell(n_windows, n_windows, "text from the model")
+    del module
+    _return_memory()
     return torch.cat(parts)
+
+
+def _return_memory() -> None:
+    """glibc keeps what was freed in small pieces, here a whole model; asked for it, it hands it back."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -70,6 +70,7 @@ class CalibratedRun:
             self._tell(index, total, f"block {index}")
             yield from self._block(index, hidden, original)
         self._tell(total - 1, total, "head")
+        original.clear()
         yield from self._ends(hidden)
         self._tell(total, total, "done")
 
@@ -102,6 +103,7 @@ class CalibratedRun:
         """What is left: embeddings, final norm, head."""
         head = next(name for name in HEADS if name in self._steps)
         moments = _final(self._stream, hidden) if self._steps[head].needs_moments else None
+        hidden.clear()  # the head is the largest matrix: room for it
         self.rounder.forget()
         change, pair = Folded({}, {}), head_pair({name: step.tensor.shape for name, step in self._steps.items()})
         if pair and self._calibration.effort.rescale:
@@ -145,7 +147,7 @@ class CalibratedRun:
         tensor, decoded = task.step.tensor, []
         if not task.step.needs_moments:
             if install:
-                self._links.replace(tensor.name, torch.cat([part.read() for part in tensor.parts]).float())
+                self._links.replace(tensor.name, tensor.read())
             yield from plain_bytes(task.step)
             return
         for quantized in islice(matrices, len(task.moments)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whit.calibration.moments import Moments
 from whit.grids.grid import Adaptive
-from whit.models.architecture import GGUFTensor, Part
+from whit.models.architecture import Part
 from whit.parallel import spread
 from whit.pipeline.plan import Step
 from whit.pipeline.rounder import Rounder
@@ -66,11 +66,16 @@ def folded(
 
 def trial(pair: Pair, steps: Mapping[str, Step]) -> list[tuple[str, Tensor]]:
     """Values of all tensors of a pair folded with factors that nobody would choose: a block must not notice."""
+    return folded_values(pair, torch.arange(int(pair.channel.max()) + 1).sin().div(2).exp(), steps)
+
+
+def folded_values(pair: Pair, t: Tensor, steps: Mapping[str, Step]) -> list[tuple[str, Tensor]]:
+    """Names and values of all tensors of a pair folded with t [channels]."""
     result = Folded({}, {})
-    _fold(pair, torch.arange(int(pair.channel.max()) + 1).sin().div(2).exp(), steps, result)
+    _fold(pair, t, steps, result)
     tensors = []
     for name in (*pair.producers, *pair.consumers):
-        values = _read(result.steps.get(name, steps[name]).tensor)
+        values = result.steps.get(name, steps[name]).tensor.read()
         tensors.append((name, values * result.columns[name] if name in result.columns else values))
     return tensors
 
@@ -100,11 +105,7 @@ def _chosen(task: tuple[Pair, list[Sample], Curvature]) -> dict[str, Tensor]:
 def _samples(pair: Pair, steps: Mapping[str, Step]) -> list[Sample]:
     consumers = [steps[name] for name in pair.consumers]
     rounded = [step for step in consumers if step.needs_moments and step.rounding == METHOD]
-    return sampled((_read(step.tensor), cast(Adaptive, step.kind.grid)) for step in rounded)
-
-
-def _read(tensor: GGUFTensor) -> Tensor:
-    return torch.cat([part.read() for part in tensor.parts]).float()
+    return sampled((step.tensor.read(), cast(Adaptive, step.kind.grid)) for step in rounded)
 
 
 def _rows_divided(step: Step, t: Tensor) -> Step:

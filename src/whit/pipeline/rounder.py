@@ -156,7 +156,7 @@ class Rounder:
 def _matrices(step: Step) -> Iterator[Tensor]:
     """The matrices [rows, cols] float32 that have a tap each: the tensor, or one per expert."""
     for part in step.tensor.parts if len(step.tensor.shape) == 3 else [None]:
-        W = part.read() if part else torch.cat([piece.read() for piece in step.tensor.parts])
+        W = part.read().float() if part else step.tensor.read()
         for matrix in W.unbind(0) if W.dim() == 3 else [W]:
             check_finite(step.tensor, matrix, W)
-            yield matrix.float()
+            yield matrix
