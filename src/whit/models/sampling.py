@@ -5,14 +5,13 @@ Source: arXiv 2305.17888 (LLM-QAT) trains on text sampled like this; here it onl
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from whit.allocator import return_memory
 from whit.models.model import Model
 from whit.models.skeleton import load_module, quiet
 
@@ -52,12 +51,5 @@ def sampled_windows(
             )
     tell(n_windows, n_windows, "text from the model")
     del module
-    _return_memory()
+    return_memory()
     return torch.cat(parts)
-
-
-def _return_memory() -> None:
-    """glibc keeps what was freed in small pieces, here a whole model; asked for it, it hands it back."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -19,6 +19,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from whit.allocator import return_memory
 from whit.calibration.moments import Moments, pooled
 from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.grids.quantized import QuantizedTensor
@@ -86,6 +87,7 @@ class CalibratedRun:
                 stream.run(index, window)
             taps.forget()
         self.rounder.forget()
+        return_memory()
         steps = {name: self._steps.pop(name) for name in links.gguf_names(prefix)}
         change = self._folded(index, steps, taps, hidden[0])
         tasks = []
@@ -98,12 +100,14 @@ class CalibratedRun:
             hidden[n] = stream.run(index, window)
         stream.empty(index)
         links.restore()
+        return_memory()
 
     def _ends(self, hidden: list[Tensor]) -> Iterator[Written]:
         """What is left: embeddings, final norm, head."""
         head = next(name for name in HEADS if name in self._steps)
         moments = _final(self._stream, hidden) if self._steps[head].needs_moments else None
         hidden.clear()  # the head is the largest matrix: room for it
+        return_memory()
         self.rounder.forget()
         change, pair = Folded({}, {}), head_pair({name: step.tensor.shape for name, step in self._steps.items()})
         if pair and self._calibration.effort.rescale:
