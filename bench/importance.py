@@ -15,6 +15,7 @@ import torch
 
 from bench.measure import run
 from bench.peers import WORK, llama_cpp
+from bench.runtime import Runtime
 from whit.calibration.text import default_text, documentation_text, windows
 from whit.checkpoints.gguf import GGUFFile
 from whit.evaluation.compare import compare_states, final_states
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--runtime", nargs="*", default=(), help="recipes to measure with llama.cpp's own tool too")
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=PRESETS)
     arguments = parser.parse_args()
     name, preset = Path(arguments.model).name, PRESETS[arguments.preset]
@@ -51,7 +53,8 @@ def main() -> None:
         "| recipe | MB | llama.cpp, importance matrix | Whit | ratio | same top | perplexity | seconds | same types |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    rows = []
+    rows, inside = [], []
+    runtime = Runtime(source, WINDOWS) if arguments.runtime else None
     for recipe in arguments.recipes:
         peer, ours = WORK / f"peer.{name}.gguf", WORK / f"whit.{name}.gguf"
         run(llama_cpp("llama-quantize"), "--imatrix", matrix, source, peer, recipe.upper(), "2")
@@ -70,7 +73,14 @@ def main() -> None:
             flush=True,
         )
         rows.append({"recipe": recipe, "bytes": size, "llama.cpp": theirs.kl_mean, "whit": mine.kl_mean})
+        if runtime and recipe in arguments.runtime:
+            first_kl, second_kl = (runtime.of(f)["kl"] for f in (peer, ours))
+            inside.append(f"| {recipe} | {first_kl} | {second_kl} | {float(second_kl) / float(first_kl):.2f} |")
         peer.unlink(), ours.unlink()
+    if runtime:
+        runtime.close()
+        print("\nKL in llama.cpp's own tool, which rounds activations to 8 bits as well:\n")
+        print("\n".join(("| recipe | llama.cpp | Whit | ratio |", "|---|---|---|---|", *inside)))
     (WORK / f"importance-{name}.json").write_text(json.dumps(rows, indent=1))
 
 
