@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from bench.measure import run, side_by_side
-from bench.models import float_folder, float_gguf
+from bench.models import float_folder, float_gguf, wide_gguf
 from bench.peers import WORK, llama_cpp
 
 THREADS = "2"
+LAYERS = 16  # of the larger model
 
 
 def main() -> None:
@@ -47,6 +48,16 @@ def main() -> None:
     out.unlink(missing_ok=True)
     torch = min(run(sys.executable, "-c", "import torch").seconds for _ in range(5))
     print(f"\n`import torch` alone: {torch:.2f} s.")
+    source = wide_gguf(LAYERS)
+    commands = {
+        "llama.cpp": (llama_cpp("llama-quantize"), source, out, "Q8_0", THREADS),
+        "whit": (whit, "quantize", "--recipe", "q8_0", "--rounding", "nearest", "-o", out, source),
+    }
+    runs = side_by_side(commands, [out], repeats=3)
+    peer, ours = (runs[name].seconds for name in commands)
+    size = source.stat().st_size / 1e9
+    out.unlink(missing_ok=True)
+    print(f"A file of {size:.1f} GB to q8_0: llama.cpp {peer:.2f} s, Whit {ours:.2f} s, ratio {ours / peer:.1f}.")
     print("Peak resident memory: " + "; ".join(f"{name} {n / 1e6:.0f} MB" for name, n in peaks.items()) + ".")
 
 

@@ -1,10 +1,15 @@
-"""The test model in the forms that the measurements need, made once in bench/work."""
+"""The test model in the forms that the measurements need, made once in bench/work, and wide ones of random weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from bench.peers import WORK
+from bench.small_model import VOCABULARY, tokenizer_of
+from whit.calibration.text import documentation_text
 from whit.models.open import open_model
 from whit.models.skeleton import load_module
 from whit.models.tokenizer import save_tokenizer
@@ -31,3 +36,32 @@ def float_folder() -> Path:
         save_tokenizer(model, folder)
         load_module(model).save_pretrained(folder)
     return folder
+
+
+def wide_folder(layers: int) -> Path:
+    """A Llama of width 2048 with random weights in bfloat16: for time and memory, which weights do not change."""
+    folder = WORK / f"wide-{layers}"
+    if not (folder / "config.json").exists():
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        torch.manual_seed(0)
+        tokenizer_of([documentation_text("calibration").content]).save_pretrained(folder)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def wide_gguf(layers: int) -> Path:
+    """The same as a float32 GGUF file."""
+    path = WORK / f"wide-{layers}-f32.gguf"
+    if not path.exists():
+        write_gguf(open_model(str(wide_folder(layers))), recipe_named("f32"), path)
+    return path
