@@ -72,3 +72,14 @@ def test_one_scale_for_the_tensor_sees_the_whole_tensor() -> None:
 def test_an_unknown_rounding_lists_those_there_are() -> None:
     with pytest.raises(RecipeError, match="Known roundings: nearest, search"):
         rounding_named("gptq")
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q5_1", "q4_0", "q8_0"])
+def test_groups_of_nearly_one_value_near_the_limit_do_not_overflow(name: str) -> None:
+    """A straight line through points that lie on each other may be as steep as it likes: it is not a fit."""
+    noise = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    for size in (1.0, 6e4 if name.endswith("1") else 2e5):
+        W = size * (1 + 1e-6 * noise)
+        found = search(W, GRIDS[name], torch.rand(32) + 1e-3).dequantize()
+        assert torch.isfinite(found).all()
+        assert (found - W).abs().max() < 0.1 * size

@@ -32,8 +32,10 @@ def weights(spread: float, rows: int = 96) -> torch.Tensor:
 def test_the_loss_and_the_factor_follow_the_columns() -> None:
     W, c = weights(0.3), curvature(inputs(0.5))
     t = torch.randn(COLS, generator=torch.Generator().manual_seed(2)).exp()
-    scaled, Q = c.rescaled(t), W + 0.01 * weights(0.1)
+    scaled, Q = c.rescaled(t, damping=0.0), W + 0.01 * weights(0.1)
     torch.testing.assert_close(loss(W * t, Q * t, scaled.H), loss(W, Q, c.H), rtol=1e-4, atol=0)
+    mean = scaled.H.diagonal().mean()
+    torch.testing.assert_close(c.rescaled(t, damping=0.5).H, scaled.H + 0.5 * mean * torch.eye(COLS), rtol=1e-5, atol=0)
     torch.testing.assert_close(scaled.R @ scaled.R.T, scaled.H, rtol=1e-4, atol=1e-4 * scaled.H.abs().max().item())
     assert torch.equal(scaled.R, scaled.R.triu())
 

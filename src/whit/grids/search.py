@@ -11,7 +11,7 @@ Source: the make_qx_quants family of GGML uses the same idea; formulas in docs/r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # scaled.py calls these functions; they only need its type
 N_RANGES = 13  # with a minimum, whose range has two ends
 N_SCALES = 7  # without: more bring less than a thousandth
 N_REFINED = 2
+SINGULAR = 1e-5  # of the squares about zero: a spread of levels below it is rounding noise
 FEW_BITS = 2  # with so few levels every start is refined, not the winner alone
 POWERS = [1.0, 0.5, 2.0]
 LARGE_GROUP = 64  # wider groups have outliers relative to their spread, so stronger clipping can pay
@@ -78,7 +79,9 @@ def search_minimum(x: Tensor, importance: Tensor, start: Mapping[str, Tensor], g
         weighted = importance * levels
         level = weighted.sum(-1) / total
         along = (weighted_off * levels).sum(-1)  # weighted_off sums to zero, so the mean level drops out
-        square = (weighted * levels).sum(-1) - total * level * level
+        whole = (weighted * levels).sum(-1)
+        square = whole - total * level * level
+        square = torch.where(square > SINGULAR * whole, square, torch.inf)  # all on one level: no line to fit
         explained = along * along / square
         better = explained > most
         most = torch.where(better, explained, most)
@@ -116,11 +119,15 @@ def search_zero_point(x: Tensor, importance: Tensor, start: Mapping[str, Tensor]
     return _best(x, importance, [start, best], grid)
 
 
-def _best(x: Tensor, importance: Tensor, candidates: Iterable[Mapping[str, Tensor]], grid: Scaled) -> dict[str, Tensor]:
+def _best(x: Tensor, importance: Tensor, candidates: Sequence[Mapping[str, Tensor]], grid: Scaled) -> dict[str, Tensor]:
     """Per group the candidate of least error, stored; the first (the range rule) wins ties."""
     best: dict[str, Tensor] = {}
     least = torch.full(x.shape[:-1], torch.inf)
+    most, first = torch.finfo(grid.scale_dtype).max, candidates[0]
     for candidate in candidates:
+        fits = torch.stack([value.abs() <= most for value in candidate.values()]).all(0)
+        if candidate is not first:  # a fit may leave what the dtype holds; the range rule must not
+            candidate = {name: torch.where(fits, value, first[name]) for name, value in candidate.items()}
         stored = grid.store(candidate)
         decoded = grid.decode_blocks(grid.round_blocks(x, stored), stored)
         error = decoded.sub_(x).square_().mul_(importance).sum(-1)

@@ -87,7 +87,7 @@ class BlockStream:
         self._fill(self._module, "")
         decoder = self._module.get_decoder()
         hidden = []
-        with torch.inference_mode():
+        with torch.no_grad():
             for window in windows:
                 decoder(input_ids=window[None], use_cache=False)
                 for before, after in pairwise(recorders):
@@ -106,9 +106,9 @@ class BlockStream:
         return block
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
-        """One window [1, length, hidden] through a filled block."""
+        """One window [1, length, hidden] through a filled block; differentiable where hidden asks for it."""
         call = self._calls[index]
-        with torch.inference_mode():
+        with torch.set_grad_enabled(hidden.requires_grad):
             out = self._blocks[index](hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -121,15 +121,24 @@ class BlockStream:
         self._blocks[index].to_empty(device="meta")
 
     def final(self, hidden: Tensor) -> Tensor:
-        """One window after the last block -> what the head is given, [length, hidden]."""
-        passing = nn.ModuleList([_Replay(hidden)])
-        self._module.set_submodule(self._path, passing)
-        decoder = self._module.get_decoder()
-        layers, text = 1, decoder.config
-        depth, text.num_hidden_layers = text.num_hidden_layers, layers
+        """One window after the last block -> what the head is given, [length, hidden]; differentiable as `run` is."""
+        return self._after_blocks(self._module.get_decoder(), hidden).last_hidden_state[0]
+
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Any part [1, n, hidden] of a window after the last block -> logits [n, vocab], caps and scales included.
+
+        head  [vocab, hidden] float32, the head's weights
+        """
+        self._module.get_output_embeddings().weight = nn.Parameter(head, requires_grad=False)
+        return self._after_blocks(self._module, hidden).logits[0]
+
+    def _after_blocks(self, part: nn.Module, hidden: Tensor) -> Any:
+        self._module.set_submodule(self._path, nn.ModuleList([_Replay(hidden)]))
+        text = self._module.get_decoder().config
+        depth, text.num_hidden_layers = text.num_hidden_layers, 1
         try:
-            with torch.inference_mode():
-                return decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state[0]
+            with torch.set_grad_enabled(hidden.requires_grad):
+                return part(inputs_embeds=hidden, use_cache=False)
         finally:
             text.num_hidden_layers = depth
 

@@ -20,32 +20,40 @@ Seen = Callable[[Slot, Tensor], None]  # a weight and its inputs [tokens, cols]
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, slots: Mapping[int, Slot], seen: Seen) -> None:
+    def __init__(self, slots: Mapping[int, Slot], seen: Seen, made: Seen | None) -> None:
         super().__init__()
-        self._slots, self._seen = slots, seen
+        self._slots, self._seen, self._made = slots, seen, made
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        slot = None
         if func is nn.functional.linear:
-            self._note(kwargs.get("input", args[0] if args else None), kwargs.get("weight", args[1:2]))
+            slot = self._note(kwargs.get("input", args[0] if args else None), kwargs.get("weight", args[1:2]))
         elif func in (torch.addmm, torch.Tensor.addmm):
-            self._note(args[1], args[2])
+            slot = self._note(args[1], args[2])
         elif func in (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__):
-            self._note(args[0], args[1])
-        return func(*args, **kwargs)
+            slot = self._note(args[0], args[1])
+        out = func(*args, **kwargs)
+        if slot is not None and self._made is not None:
+            self._made(slot, out)
+        return out
 
-    def _note(self, x: Any, weight: Any) -> None:
+    def _note(self, x: Any, weight: Any) -> Slot | None:
         if isinstance(weight, tuple):
             weight = weight[0] if weight else None
-        if isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.data_ptr() in self._slots:
-            self._seen(self._slots[weight.data_ptr()], x)
+        if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.data_ptr() in self._slots):
+            return None
+        slot = self._slots[weight.data_ptr()]
+        self._seen(slot, x)
+        return slot
 
 
 @contextmanager
-def watched(block: nn.Module, seen: Seen) -> Iterator[None]:
+def watched(block: nn.Module, seen: Seen, made: Seen | None = None) -> Iterator[None]:
     """While the context lasts, `seen` is told of every product with a matrix of `block`, in order of computation.
 
-    The tensor it is given is the model's own: it must not be changed.
+    made  told of the result of each, [tokens, rows], a bias included
+    The tensors they are given are the model's own: they must not be changed.
     """
     slots: dict[int, Slot] = {}
     for name, parameter in block.named_parameters():
@@ -54,5 +62,5 @@ def watched(block: nn.Module, seen: Seen) -> Iterator[None]:
         elif parameter.dim() == 3:
             for expert in range(parameter.shape[0]):
                 slots[parameter[expert].data_ptr()] = (name, expert)
-    with _Watch(slots, seen):
+    with _Watch(slots, seen, made):
         yield

@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from whit.allocator import return_memory
-from whit.calibration.moments import Moments, pooled
+from whit.calibration.moments import Moments
 from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.grids.quantized import QuantizedTensor
 from whit.models.architecture import GGUFView
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.stream import BlockStream
-from whit.models.taps import Slot, watched
+from whit.models.taps import watched
 from whit.pipeline.effort import Calibration
 from whit.pipeline.folding import Folded, folded, trial, unchanged
+from whit.pipeline.inputs import Inputs, moments_of
 from whit.pipeline.plain import plain_bytes
 from whit.pipeline.plan import Step
 from whit.pipeline.rounder import Rounder, Task
@@ -78,22 +79,22 @@ class CalibratedRun:
     def _block(self, index: int, hidden: list[Tensor], original: list[Tensor]) -> Iterator[Written]:
         stream, links, prefix = self._stream, self._links, self._stream.prefix(index)
         block = stream.fill(index)
-        taps = _Taps(prefix)
+        inputs = Inputs(prefix)
         for n, window in enumerate(hidden):
             if original:
-                with watched(block, taps.remember):
+                with watched(block, inputs.remember):
                     original[n] = stream.run(index, original[n])
-            with watched(block, taps.see):
+            with watched(block, inputs.see):
                 stream.run(index, window)
-            taps.forget()
+            inputs.forget()
         self.rounder.forget()
         return_memory()
         steps = {name: self._steps.pop(name) for name in links.gguf_names(prefix)}
-        change = self._folded(index, steps, taps, hidden[0])
+        change = self._folded(index, steps, inputs, hidden[0])
         tasks = []
         for name in steps:
             step = change.steps.get(name, steps[name])
-            tasks.append(Task(step, _of(step.tensor.shape, taps, links.slots(name)), change.columns.get(name)))
+            tasks.append(Task(step, moments_of(step.tensor.shape, inputs, links.slots(name)), change.columns.get(name)))
         yield from self._rounded(tasks, install=True)
         stream.fill(index)
         for n, window in enumerate(hidden):
@@ -119,7 +120,7 @@ class CalibratedRun:
             tasks.append(Task(change.steps.get(name, step), seen, change.columns.get(name)))
         yield from self._rounded(tasks)
 
-    def _folded(self, index: int, steps: dict[str, Step], taps: _Taps, window: Tensor) -> Folded:
+    def _folded(self, index: int, steps: dict[str, Step], inputs: Inputs, window: Tensor) -> Folded:
         """Factors for the block's columns; on the first block a run decides which pairs leave the function alone."""
         names = list(steps)
         found = re.match(r"blk\.\d+\.", names[0]) if names else None
@@ -139,7 +140,7 @@ class CalibratedRun:
             sound = [pair for pair, after in zip(pairs, outputs[1:], strict=True) if unchanged(outputs[0], after)]
             self._sound = {pair.producers[0].removeprefix(prefix) for pair in sound}
         pairs = [pair for pair in pairs if pair.producers[0].removeprefix(prefix) in self._sound]
-        return folded(pairs, steps, lambda name: taps.of(links.slots(name)[0]), self.rounder)
+        return folded(pairs, steps, lambda name: inputs.of(links.slots(name)[0]), self.rounder)
 
     def _rounded(self, tasks: list[Task], install: bool = False) -> Iterator[Written]:
         """Names and bytes; decoded values go into the block."""
@@ -185,14 +186,14 @@ def importance_matrix(
 
     for index in range(stream.n_blocks):
         tell(index, total, f"block {index}")
-        block, taps = stream.fill(index), _Taps(stream.prefix(index))
+        block, inputs = stream.fill(index), Inputs(stream.prefix(index))
         for n, window in enumerate(hidden):
-            with watched(block, taps.see):
+            with watched(block, inputs.see):
                 hidden[n] = stream.run(index, window)
-            taps.forget()
+            inputs.forget()
         for name in links.gguf_names(stream.prefix(index)):
             if name in matrices:
-                note(name, _of(matrices[name], taps, links.slots(name)))
+                note(name, moments_of(matrices[name], inputs, links.slots(name)))
         stream.empty(index)
     tell(total - 1, total, "head")
     note(next(name for name in HEADS if name in matrices), [_final(stream, hidden)])
@@ -209,46 +210,3 @@ def _final(stream: BlockStream, hidden: list[Tensor]) -> Moments:
         moments.add(final)
     assert moments is not None  # there is at least one window
     return moments
-
-
-def _of(shape: tuple[int, ...], taps: _Taps, slots: list[Slot]) -> list[Moments | None]:
-    """The moments for every matrix of a tensor: one, or one per expert, thin ones backed by the other experts'."""
-    found = [taps.of(slot) for slot in slots]
-    if len(shape) == 2:  # parts of one matrix, such as q, k and v, are given the same input
-        return found[:1]
-    return pooled(found)
-
-
-class _Taps:
-    """The moments of one block's inputs; weights that are given the same tensor share them."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._moments: dict[Slot, Moments] = {}
-        self._original: dict[Slot, Tensor] = {}
-        self._seen: list[tuple[Tensor, Moments]] = []  # of the current window; holding them keeps them apart
-
-    def remember(self, slot: Slot, x: Tensor) -> None:
-        """What the original model gives to a weight."""
-        self._original[slot] = x
-
-    def see(self, slot: Slot, x: Tensor) -> None:
-        """What the quantized prefix gives to it."""
-        shared = next((moments for other, moments in self._seen if other is x), None)
-        if shared is not None:
-            self._moments.setdefault(slot, shared)
-            return
-        original = self._original.get(slot) if slot[1] is None else None  # experts are given other tokens
-        cols = x.shape[-1]
-        moments = self._moments.setdefault(slot, Moments(cols, shifted=original is not None))
-        moments.add(x.reshape(-1, cols), None if original is None else original.reshape(-1, cols))
-        self._seen.append((x, moments))
-
-    def forget(self) -> None:
-        """A window is over."""
-        self._seen.clear()
-        self._original.clear()
-
-    def of(self, slot: Slot) -> Moments | None:
-        """The moments of a weight (full name), None when nothing was multiplied with it."""
-        return self._moments.get((slot[0].removeprefix(self._prefix), slot[1]))

@@ -88,12 +88,13 @@ def unchanged(before: Tensor, after: Tensor) -> bool:
 def _fold(pair: Pair, t: Tensor, steps: Mapping[str, Step], result: Folded) -> None:
     for name in pair.producers:
         result.steps[name] = _rows_divided(result.steps.get(name, steps[name]), t)
+    columns = t[pair.channel]  # one tensor for all: they share a curvature
     for name in pair.consumers:
         step = result.steps.get(name, steps[name])
         if step.needs_moments:
-            result.columns[name] = t[pair.channel]
+            result.columns[name] = columns
         else:
-            result.steps[name] = _columns_multiplied(step, t[pair.channel])
+            result.steps[name] = _columns_multiplied(step, columns)
 
 
 def _chosen(task: tuple[Pair, list[Sample], Curvature]) -> dict[str, Tensor]:

@@ -76,12 +76,14 @@ class Rounder:
         self._effort, self._strength = effort, strength
         self._curved: dict[Moments, Curvature] = {}  # by identity
         self._shifts: dict[Moments, Tensor] = {}
+        self._scaled: dict[tuple[int, int], tuple[Curvature, Tensor, Curvature]] = {}  # by identity of the first two
         self.losses: list[TensorLoss] = []
 
     def forget(self) -> None:
         """Drop factors of moments that will not come again."""
         self._curved.clear()
         self._shifts.clear()
+        self._scaled.clear()
 
     def rounded(self, tasks: Iterable[Task]) -> Iterator[QuantizedTensor]:
         """The matrices of all tasks in order: one per entry of their moments.
@@ -110,7 +112,7 @@ class Rounder:
             if moments.C is not None and self._strength:
                 shift = self._shift(moments, moments.C)
         if task.factors is not None:
-            c = c.rescaled(task.factors)
+            c = self._rescaled(c, task.factors)
         return _Matrix([_Piece(task.step, rows, c, shift, task.factors) for rows in W.split(ROWS)], moments, note)
 
     def _spread(self, batch: list[_Matrix]) -> Iterator[QuantizedTensor]:
@@ -145,6 +147,13 @@ class Rounder:
         if moments not in self._curved:
             self._curved[moments] = curvature(moments.H, self._effort.damping)
         return self._curved[moments]
+
+    def _rescaled(self, c: Curvature, factors: Tensor) -> Curvature:
+        """As above, for weights that share their factors too."""
+        key = id(c), id(factors)
+        if key not in self._scaled:
+            self._scaled[key] = c, factors, c.rescaled(factors, self._effort.damping)
+        return self._scaled[key][2]
 
     def _shift(self, moments: Moments, C: Tensor) -> Tensor:
         """As above."""

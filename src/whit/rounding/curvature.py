@@ -10,7 +10,7 @@ columns have adapted. Source: arXiv 2210.17323 (GPTQ), arXiv 2507.18553; the pul
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,9 +33,14 @@ class Curvature:
     R: Tensor
     note: str = ""
 
-    def rescaled(self, t: Tensor) -> Curvature:
-        """The same loss for weights whose columns were multiplied with t [cols] and inputs divided by it."""
-        return Curvature(self.H / t[:, None] / t, self.R / t[:, None], self.note)
+    def rescaled(self, t: Tensor, damping: float = DAMPING) -> Curvature:
+        """The loss for weights whose columns were multiplied with t [cols] and inputs divided by it.
+
+        It is damped again, in the new scale: what kept weights near in the old one means next to nothing to a column
+        that has grown a hundredfold, and its target would run away (docs/rounding.md).
+        """
+        again = curvature(self.H / t[:, None] / t, damping)
+        return replace(again, note=self.note or again.note)
 
 
 def curvature(H: Tensor, damping: float = DAMPING) -> Curvature:

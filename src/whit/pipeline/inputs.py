@@ -1,0 +1,51 @@
+"""The moments of one block's inputs, gathered while it runs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from whit.calibration.moments import Moments, pooled
+from whit.models.taps import Slot
+
+
+def moments_of(shape: tuple[int, ...], inputs: Inputs, slots: list[Slot]) -> list[Moments | None]:
+    """The moments for every matrix of a tensor: one, or one per expert, thin ones backed by the other experts'."""
+    found = [inputs.of(slot) for slot in slots]
+    if len(shape) == 2:  # parts of one matrix, such as q, k and v, are given the same input
+        return found[:1]
+    return pooled(found)
+
+
+class Inputs:
+    """The moments of one block's inputs; weights that are given the same tensor share them."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._moments: dict[Slot, Moments] = {}
+        self._original: dict[Slot, Tensor] = {}
+        self._seen: list[tuple[Tensor, Moments]] = []  # of the current window; holding them keeps them apart
+
+    def remember(self, slot: Slot, x: Tensor) -> None:
+        """What the original model gives to a weight."""
+        self._original[slot] = x
+
+    def see(self, slot: Slot, x: Tensor) -> None:
+        """What the quantized prefix gives to it."""
+        shared = next((moments for other, moments in self._seen if other is x), None)
+        if shared is not None:
+            self._moments.setdefault(slot, shared)
+            return
+        original = self._original.get(slot) if slot[1] is None else None  # experts are given other tokens
+        cols = x.shape[-1]
+        moments = self._moments.setdefault(slot, Moments(cols, shifted=original is not None))
+        moments.add(x.reshape(-1, cols), None if original is None else original.reshape(-1, cols))
+        self._seen.append((x, moments))
+
+    def forget(self) -> None:
+        """A window is over."""
+        self._seen.clear()
+        self._original.clear()
+
+    def of(self, slot: Slot) -> Moments | None:
+        """The moments of a weight (full name), None when nothing was multiplied with it."""
+        return self._moments.get((slot[0].removeprefix(self._prefix), slot[1]))
