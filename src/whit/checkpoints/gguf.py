@@ -219,6 +219,11 @@ class Announced:
         """Bytes of its data, without padding."""
         return GGML_TYPES[self.dtype].n_bytes(self.shape)
 
+    @property
+    def n_stored(self) -> int:
+        """Bytes that it takes in a file."""
+        return _padded(self.n_bytes, DEFAULT_ALIGNMENT)
+
 
 class GGUFWriter:
     """Header first, then tensors in the announced order; the size is known before the first byte is written.
@@ -241,7 +246,7 @@ class GGUFWriter:
             out += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
             out += struct.pack("<IQ", GGML_TYPES[tensor.dtype].number, offset)
             self._offsets[tensor.name] = offset
-            offset += _padded(tensor.n_bytes, DEFAULT_ALIGNMENT)
+            offset += tensor.n_stored
         self._header = bytes(out).ljust(_padded(len(out), DEFAULT_ALIGNMENT), b"\0")
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.n_bytes = len(self._header) + offset

@@ -80,7 +80,7 @@ def write_gguf(
         else:
             from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
 
-            streamed = CalibratedRun(model, _view(model), plan.steps, calibration, progress)
+            streamed = CalibratedRun(model, model_view(model), plan.steps, calibration, progress)
             writer.write(file, streamed.tensors())
             losses = streamed.rounder.losses
     return Result(path, writer.n_bytes, plan, time.perf_counter() - started, tuple(losses))
@@ -95,7 +95,7 @@ def plan_gguf(model: Model, recipe: Recipe) -> Plan:
             return None
         return lambda: source.raw(name)
 
-    return make_plan(_view(model), recipe, stored)
+    return make_plan(model_view(model), recipe, stored)
 
 
 def gather_importance(model: Model, windows: Tensor, source: str, progress: Progress | None = None) -> ImportanceMatrix:
@@ -105,7 +105,7 @@ def gather_importance(model: Model, windows: Tensor, source: str, progress: Prog
     """
     from whit.pipeline.calibrated import importance_matrix  # it imports transformers, which takes seconds
 
-    return importance_matrix(model, _view(model), windows, source, progress)
+    return importance_matrix(model, model_view(model), windows, source, progress)
 
 
 def predicted_bytes(model: Model, recipe: Recipe) -> int:
@@ -113,7 +113,8 @@ def predicted_bytes(model: Model, recipe: Recipe) -> int:
     return _writer(model, plan_gguf(model, recipe)).n_bytes
 
 
-def _view(model: Model) -> GGUFView:
+def model_view(model: Model) -> GGUFView:
+    """The model's tensors and metadata as a GGUF file has them."""
     if model.gguf_tensors is not None:
         return passthrough_view(model.gguf_metadata, model.gguf_tensors)
     return gguf_view(model)

@@ -37,6 +37,7 @@ class Recipe:
     mixture      name of the mixture whose rules follow once the model is known, else empty
     rounding     of the tensors that the mixture chooses types for
     n_overrides  how many of the first rules somebody asked for by hand
+    summary      what stands for the rules in print when there is one for every tensor, else empty
     """
 
     name: str
@@ -44,6 +45,7 @@ class Recipe:
     mixture: str = ""
     rounding: str = "nearest"
     n_overrides: int = 0
+    summary: str = ""
 
     def rule_for(self, names: Sequence[str]) -> Rule:
         """The first rule that matches any of a tensor's names. Raises RecipeError when none does."""
@@ -53,5 +55,7 @@ class Recipe:
         raise RecipeError(f"Recipe {self.name} has no rule for {names[0]}; add a last rule with the pattern *.")
 
     def __str__(self) -> str:
+        if self.summary:
+            return f"{self.name}: {self.summary}"
         rules = [*map(str, self.rules), *([f"mixture {self.mixture} by {self.rounding}"] if self.mixture else [])]
         return f"{self.name}: " + ", ".join(rules)
