@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,14 +15,18 @@ from rich.table import Table
 
 from whit.checkpoints.atomic import whole_file
 from whit.checkpoints.imatrix import read_imatrix
+from whit.cli.budget import file_bytes, swept
 from whit.cli.calibration import CALIB_HELP, calibration_for
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
 from whit.models.open import open_model
+from whit.pipeline.allocate import Allocator
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
-from whit.pipeline.quantize import Result, write_gguf
+from whit.pipeline.quantize import Result, plan_gguf, write_gguf
+from whit.recipes.files import read_recipe, write_recipe
 from whit.recipes.named import RECIPES, recipe_named
+from whit.recipes.recipe import Recipe
 from whit.rounding.methods import METHODS, check_rounding
 from whit.rounding.nearest import ROUNDINGS
 
@@ -35,8 +40,25 @@ ROUNDING_HELP = (
 
 def command(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a built-in name (smollm2-135m).")],
-    recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write.")],
+    recipe: Annotated[
+        str | None, typer.Option(help=f"One of: {', '.join(RECIPES)}; or a file of --save-recipe.")
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="Instead of a recipe: the best file of at most this size, such as 95MB or 4GiB.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="With --fit: room for this many tokens of context must be left.")
+    ] = None,
+    bpw: Annotated[
+        float | None, typer.Option(min=0.5, max=32, help="As --fit, in bits per weight of the whole file.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="With --fit or --bpw: a file of `whit plan --save`, which saves the sweep.")
+    ] = None,
+    save_recipe: Annotated[Path | None, typer.Option(help="Write the recipe, tensor by tensor, to this JSON file.")] = (
+        None
+    ),
     preset: Annotated[str, typer.Option(help=f"How much work: {', '.join(PRESETS)}.")] = DEFAULT_PRESET,
     rounding: Annotated[str, typer.Option(help=ROUNDING_HELP)] = "feedback",
     calib: Annotated[
@@ -61,17 +83,31 @@ def command(
     check_rounding(rounding)
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
-    chosen = recipe_named(recipe, rounding, pure, settings or ())
+    _check_request(recipe, fit, bpw, context, table, pure, settings)
     opened = open_model(model)
-    needed = rounding in METHODS and recipe.lower() not in FLOAT_GRIDS
+    chosen: Recipe | None = None
+    if recipe is not None:
+        chosen = _recipe(recipe, rounding, pure, settings or ())
+    else:
+        allocator = Allocator(opened, rounding)
+        n_bytes = file_bytes(opened, allocator, fit, bpw, context)
+        allocator.check(n_bytes)  # before any work
     calibration: Calibration | None = None
-    if needed and imatrix:
-        importance = read_imatrix(imatrix)
-        calibration = Calibration.on_importance(importance, PRESETS[preset].effort, f"the importance matrix {imatrix}")
-    elif needed:
-        calibration = calibration_for(opened, preset, calib, windows)
-    if calibration:
+    if chosen is None or any(step.needs_moments for step in plan_gguf(opened, chosen).steps):
+        if imatrix:
+            importance = read_imatrix(imatrix)
+            source = f"the importance matrix {imatrix}"
+            calibration = Calibration.on_importance(importance, PRESETS[preset].effort, source)
+        else:
+            calibration = calibration_for(opened, preset, calib, windows)
         console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
+    if chosen is None:
+        text = None if calibration is None or imatrix else calibration.windows
+        allocation = allocator.fit(swept(opened, allocator, text, table), n_bytes)
+        chosen = allocation.recipe
+        console.print(f"Of {n_bytes:,} bytes {allocation.n_bytes:,} will be used.")
+    if save_recipe:
+        write_recipe(plan_gguf(opened, chosen).recipe, save_recipe)
     with progress_bar("quantizing") as progress:
         result = write_gguf(opened, chosen, out, force, progress, calibration)
     print_result(console, result)
@@ -84,6 +120,35 @@ def command(
             "Quantize the original if you have it."
         )
     console.print(f"Next: whit eval {out} --against {model}", soft_wrap=True)
+
+
+def _check_request(
+    recipe: str | None,
+    fit: str | None,
+    bpw: float | None,
+    context: int | None,
+    table: Path | None,
+    pure: bool,
+    settings: list[str] | None,
+) -> None:
+    """Raise RecipeError for options that do not go together."""
+    wanted = {"--recipe": recipe, "--fit": fit, "--bpw": bpw}
+    if sum(value is not None for value in wanted.values()) != 1:
+        raise RecipeError(f"Say what is wanted by exactly one of {', '.join(wanted)}.")
+    if context is not None and fit is None:
+        raise RecipeError("--context says how much of --fit is not for the file; give both.")
+    if table is not None and recipe is not None:
+        raise RecipeError("--table saves the sweep of --fit and --bpw; a recipe needs none.")
+    if recipe is None and (pure or settings):
+        raise RecipeError("--pure and --set change a recipe; save one with --save-recipe and edit it instead.")
+
+
+def _recipe(name: str, rounding: str, pure: bool, settings: Sequence[str]) -> Recipe:
+    if not name.endswith(".json"):
+        return recipe_named(name, rounding, pure, settings)
+    if pure or settings:
+        raise RecipeError(f"--pure and --set change named recipes; edit {name} instead.")
+    return read_recipe(Path(name))
 
 
 def print_result(console: Console, result: Result) -> None:

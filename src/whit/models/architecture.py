@@ -391,6 +391,10 @@ class FromGGUF:
             yield disk.format(i=block), Origin(weight, name, block, start, rows[0], shape)
             start += rows[0]
 
+    def forget(self) -> None:
+        """Read again what may have been kept: the source has changed."""
+        self._last = None
+
     def _stack(self, origin: Origin) -> Tensor:
         if not origin.weight.of_experts:
             return self._source.read(origin.gguf)

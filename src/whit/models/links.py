@@ -86,7 +86,9 @@ class Links:
     def replace(self, gguf: str, W: Tensor) -> None:
         """From now on the GGUF tensor `gguf` has these values, float32, in its shape."""
         self._overlay.replaced[gguf] = W
+        self._disk.forget()
 
     def restore(self) -> None:
         """Forget all replacements."""
         self._overlay.replaced.clear()
+        self._disk.forget()

@@ -1,69 +1,81 @@
 """What every tensor on every grid would cost the model: KL divergence per token, from one backward sweep.
 
-If a layer's outputs change by D x, the divergence of the model's predictions is to second order
+If a layer's outputs change by D x, the divergence of the model's predictions on a text is to second order
 
-    KL = 1/2 mean over tokens of (g . D x)^2,   g = gradient of log p(y) at the layer's output,
+    KL = 1/2 mean over labels of (sum over tokens of g . D x)^2,   g = gradient of log p(y) at the layer's output,
 
-with y sampled from the model itself (the text's own tokens would give another matrix). Rounding errors of different
-rows are independent, so what remains is 1/2 sum over rows of mean(g_r^2) * E_r with E_r the loss of the row that every
-rounding here knows: E_r = D_r H D_r^T. One forward pass, one backward pass block by block, and a few rows of every
-tensor rounded to every grid are enough; no parameter has a gradient, and one block is in memory at a time.
+with labels y sampled from the model itself (the text's own tokens would give another matrix). Errors of different rows
+are independent of each other, so the square falls apart into rows. Two estimates of what is left are combined:
 
-The head's mean(g_r^2) is p_r (1 - p_r) and needs no sampling. A tied embedding is counted in both roles.
-Source: generalised Gauss-Newton form of the KL divergence; docs/budget.md.
+    per token   1/2 sum over rows of mean(g_r^2) * E_r, E_r = D_r H D_r^T the loss that every rounding here knows.
+                Hardly noisy, but it forgets that the errors of two tokens may add up on their way
+    per window  1/2 sum over rows of (D_r . sum over tokens of g_r x)^2. Right on average, but noisy
+
+The ratio of the two, averaged over all grids, is one factor per tensor on the first. One forward and one backward pass
+block by block, and a few rows of every tensor rounded to every grid are enough; no parameter has a gradient, and one
+block is in memory at a time.
+
+At the head tokens do not mix and mean(g_r^2) is p_r (1 - p_r), which needs no sampling. A tied embedding is counted in
+both roles. Source: generalised Gauss-Newton form of the KL divergence; docs/budget.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whit.allocator import return_memory
 from whit.calibration.moments import Moments
 from whit.grids.grid import Adaptive, Grid
 from whit.grids.named import GRIDS
-from whit.models.architecture import GGUFTensor, GGUFView
+from whit.models.architecture import GGUFTensor
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.stream import BlockStream
 from whit.models.taps import Slot, watched
 from whit.parallel import spread
 from whit.pipeline.inputs import Inputs, moments_of
+from whit.pipeline.quantize import model_view
 from whit.rounding.curvature import Curvature, curvature
 from whit.rounding.feedback import feedback
 from whit.rounding.nearest import nearest
 from whit.rounding.polish import loss
 
 Progress = Callable[[int, int, str], None]
+_Origins = dict[Slot, list[tuple[str, Tensor, Tensor, Tensor]]]  # tensor, outputs, rows, scale as in _Rows
 Damages = dict[str, dict[str, float]]  # tensor -> grid -> nats per token
 ROWS = 64  # of every tensor that are rounded to every grid
 LOGITS = 1 << 23  # values in one piece of logits
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 DAMAGE = "damage"
+MOST_ROWS = 1 << 17  # of a matrix in a block: 128 times this is exact in float32
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
 class _Sample:
     """Some rows of a matrix that stand for all of them.
 
-    W      [n, cols] float32
-    scale  half the sum over all rows of mean(g_r^2); rows were drawn in proportion to it
+    W       [n, cols] float32
+    energy  [n] float64, sum of g_r^2 over tokens, times the number of rows that each stands for
+    pushes  [n, windows, cols] float32, sums of g_r x over the tokens of a window, times the root of that number; None
+            where tokens do not mix
     """
 
     tensor: str
     grid: str
     W: Tensor
-    scale: float
+    energy: Tensor
+    pushes: Tensor | None
     c: Curvature
 
 
 def sensitivities(
     model: Model,
-    view: GGUFView,
     candidates: Mapping[str, Sequence[str]],
     windows: Tensor,
     seed: int = 0,
@@ -76,19 +88,19 @@ def sensitivities(
     seed        of the labels
     Raises BadWeightsError for weights or activations that are not finite.
     """
-    return _Sweep(model, view, candidates, windows, seed, progress or (lambda done, total, what: None)).damages()
+    return _Sweep(model, candidates, windows, seed, progress or (lambda done, total, what: None)).damages()
 
 
 class _Sweep:
     def __init__(
         self,
         model: Model,
-        view: GGUFView,
         candidates: Mapping[str, Sequence[str]],
         windows: Tensor,
         seed: int,
         tell: Progress,
     ) -> None:
+        view = model_view(model)
         self._links = Links(view)
         self._stream = BlockStream(model, self._links.read)
         self._tensors = {tensor.name: tensor for tensor in view.tensors}
@@ -137,29 +149,39 @@ class _Sweep:
                 parts.append(gradient)
             gradients.append(torch.cat(parts, dim=1))
         if name in self._candidates:
-            self._add(self._samples(name, W, moments, spread_of / moments.n_tokens))
+            drawn, chance = _drawn(spread_of, ROWS)
+            moments.check(name)
+            c, energy = curvature(moments.H), spread_of[drawn] / chance
+            self._add([_Sample(name, grid, W[drawn], energy, None, c) for grid in self._candidates[name]])
         return gradients
 
     def _block(self, index: int, hidden: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """Damages of the block's tensors, and the gradients at its input."""
         stream, prefix = self._stream, self._stream.prefix(index)
-        block, inputs, energy = stream.fill(index), Inputs(prefix), _Energy(prefix)
+        names = [name for name in self._links.gguf_names(prefix) if name in self._candidates]
+        block, inputs = stream.fill(index), Inputs(prefix)
+        gradients_of = _Gradients(prefix, self._origins(names, prefix, block))
         before = []
         for window, gradient in zip(hidden, gradients, strict=True):
             at = window.detach().requires_grad_()
-            with watched(block, lambda slot, x: inputs.see(slot, x.detach()), energy.made):
+            with watched(block, lambda slot, x: gradients_of.see(slot, x, inputs), gradients_of.made):
                 out = stream.run(index, at)
             before.append(torch.autograd.grad(out, at, gradient)[0])
             inputs.forget()
-        n_tokens = self._windows.numel()
         samples: list[_Sample] = []
-        for name in self._links.gguf_names(prefix):
-            if name in self._candidates:
-                tensor, slots = self._tensors[name], self._links.slots(name)
-                seen = moments_of(tensor.shape, inputs, slots)
-                rows = [each / n_tokens for each in self._rows(tensor, slots, energy)]
-                for W, moments, weight in zip(_matrices(tensor), seen, rows, strict=True):
-                    samples += self._samples(name, W, moments, weight, max(8, ROWS // len(seen)))
+        for name in names:
+            tensor, slots = self._tensors[name], self._links.slots(name)
+            seen = moments_of(tensor.shape, inputs, slots)
+            if len(seen) == 1:
+                seen = seen * len(slots)
+            for slot, matrix, moments in zip(slots, _matrices(tensor, len(slots)), seen, strict=True):
+                rows = gradients_of.of(name, slot)
+                if rows is None or moments is None or moments.is_empty:
+                    continue
+                moments.check(name)
+                c, W = curvature(moments.H), matrix[rows.in_file[rows.drawn]]
+                energy, pushes = rows.weighed()
+                samples += [_Sample(name, grid, W, energy, pushes, c) for grid in self._candidates[name]]
         stream.empty(index)
         self._add(samples)
         return before
@@ -170,10 +192,11 @@ class _Sweep:
             return
         W = self._tensors[EMBEDDING].read()
         energy = torch.cat([each[0] for each in gradients]).double().square().mean(0)  # [hidden]
+        energy *= self._growth(W) ** 2
         uses = torch.bincount(self._windows.flatten(), minlength=W.shape[0]).double()
         # A row that is used shows its own error: H is diagonal, and the mean over uses takes the place of the sum.
         c = Curvature(energy.float().diag(), energy.sqrt().float().diag())
-        rows = _drawn(uses, ROWS)
+        rows, _ = _drawn(uses, ROWS, even=0.0)
         tied = HEAD not in self._tensors
         for grid in self._candidates[EMBEDDING]:
             Q = nearest(W[rows], GRIDS[grid]) if tied or not _adaptive(GRIDS[grid]) else None
@@ -182,89 +205,152 @@ class _Sweep:
             of_one = self._found.setdefault(EMBEDDING, {})
             of_one[grid] = of_one.get(grid, 0.0) + damage
 
-    def _samples(
-        self, name: str, W: Tensor, moments: Moments | None, weight: Tensor, n: int = ROWS
-    ) -> Iterator[_Sample]:
-        if moments is None or moments.is_empty:
-            return
-        moments.check(name)
-        c, rows = curvature(moments.H), _drawn(weight, n)
-        for grid in self._candidates[name]:
-            yield _Sample(name, grid, W[rows], 0.5 * weight.sum().item(), c)
-
-    def _add(self, samples: Iterable[_Sample]) -> None:
-        todo = list(samples)
-        for sample, found in zip(todo, spread(_damage, todo, lambda each: each.W.shape[1] ** 1.5), strict=True):
-            of_one = self._found.setdefault(sample.tensor, {})
-            of_one[sample.grid] = of_one.get(sample.grid, 0.0) + found[DAMAGE].item()
-
-    def _rows(self, tensor: GGUFTensor, slots: list[Slot], energy: _Energy) -> list[Tensor]:
-        """Sums of g_r^2 over tokens for every row of a tensor's matrices, in the order of the file."""
-        n_rows = tensor.shape[-2]
-        if len(tensor.shape) == 3:  # rows of fused experts are not told apart: all alike
-            each = [energy.of(slot) for slot in slots]
-            return [torch.full((n_rows,), 0.0 if e is None else e.mean().item(), dtype=torch.float64) for e in each]
-        marks = torch.arange(n_rows, dtype=torch.float32)[:, None].expand(tensor.shape)
-        self._links.replace(tensor.name, marks)
-        found = torch.zeros(n_rows, dtype=torch.float64)
-        for slot in slots:
-            of_slot = energy.of(slot)
-            if of_slot is not None:
-                found.index_add_(0, self._file_rows(slot, of_slot.numel(), tensor.shape), of_slot)
+    def _growth(self, W: Tensor) -> float:
+        """What embeddings are multiplied with before the first block: 1, in Gemma models the root of their width."""
+        once = self._stream.start(self._windows[:1])[0][0]
+        self._links.replace(EMBEDDING, 2 * W)
+        twice = self._stream.start(self._windows[:1])[0][0]
         self._links.restore()
-        return [found]
+        given = W[self._windows[0]]
+        return ((twice - once) * given).sum().item() / given.square().sum().item()
 
-    def _file_rows(self, slot: Slot, n: int, shape: tuple[int, ...]) -> Tensor:
-        """For every output of a parameter the row of the file's tensor, whose rows are numbered."""
-        whole = n == shape[0]
-        marks = self._links.read(slot[0], shape if whole else (n, shape[1]))
-        upright = bool((marks[:, 0] == marks[:, -1]).all())
-        return (marks[:, 0] if upright else marks[0]).long()
+    def _add(self, samples: list[_Sample]) -> None:
+        """Damages of the tensors that the samples are of, all their grids and experts together."""
+        found = spread(_damage, samples, lambda each: each.W.shape[1] ** 1.5)
+        sums: dict[str, dict[str, Tensor]] = {}
+        for sample, each in zip(samples, found, strict=True):
+            of_one = sums.setdefault(sample.tensor, {})
+            both = each[DAMAGE] / self._windows.numel()
+            of_one[sample.grid] = of_one[sample.grid] + both if sample.grid in of_one else both
+        for name, grids in sums.items():
+            both = torch.stack(list(grids.values())).clamp(min=TINY)  # [grids, per token and per window]
+            factor = (both[:, 1] / both[:, 0]).log().mean().exp().item()
+            of_one_found = self._found.setdefault(name, {})
+            for grid, (per_token, _) in grids.items():
+                of_one_found[grid] = of_one_found.get(grid, 0.0) + factor * per_token.item()
+
+    def _origins(self, names: list[str], prefix: str, block: nn.Module) -> _Origins:
+        """For every weight of the block the tensors that it is made of."""
+        for k, name in enumerate(names):
+            numbered = torch.zeros(self._tensors[name].shape)  # in the first column, beside ones: some tables scale
+            numbered[..., 0] = torch.arange(numbered.shape[-2], dtype=torch.float32) + k * MOST_ROWS
+            numbered[..., 1] = 1
+            self._links.replace(name, numbered)
+        found: _Origins = {}
+        for k, name in enumerate(names):
+            for slot in self._links.slots(name):
+                parameter = block.get_parameter(slot[0].removeprefix(prefix))
+                marks = self._links.read(slot[0], tuple(parameter.shape))
+                marks = marks if slot[1] is None else marks[slot[1]]
+                number, one = (marks if (marks[:, 2:] == 0).all() else marks.T)[:, :2].unbind(1)
+                codes = (number / one).round().long()
+                outputs = torch.nonzero(codes // MOST_ROWS == k)[:, 0]
+                found.setdefault(slot, []).append((name, outputs, codes[outputs] % MOST_ROWS, one[outputs]))
+        self._links.restore()
+        return found
 
 
-class _Energy:
-    """Sums of squared gradients at the outputs of a block's weights."""
+class _Rows:
+    """Drawn rows of one tensor, or one of its experts, and the gradients there.
 
-    def __init__(self, prefix: str) -> None:
+    outputs  which outputs of the product are the tensor's rows
+    in_file  [outputs], which rows
+    scale    [outputs], what those are multiplied with to become the weight's
+    drawn    [n], indexes into both
+    """
+
+    def __init__(self, outputs: Tensor, in_file: Tensor, scale: Tensor, n: int) -> None:
+        self.outputs, self.in_file, self._scale, self._n = outputs, in_file, scale, n
+        self.drawn, self._chance = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        self._energy = torch.zeros(0)
+        self._pushes: list[Tensor] = []
+
+    def add(self, gradient: Tensor, x: Tensor) -> None:
+        """One window: gradients [tokens, outputs of the product] and inputs [tokens, cols]."""
+        here = gradient[:, self.outputs] * self._scale
+        if not self.drawn.numel():
+            self.drawn, self._chance = _drawn(here.double().square().sum(0), self._n)
+            self._energy = torch.zeros(self.drawn.numel(), dtype=torch.float64)
+        here = here[:, self.drawn]
+        self._energy += here.double().square().sum(0)
+        self._pushes.append(here.T @ x)
+
+    def weighed(self) -> tuple[Tensor, Tensor]:
+        """Energy and pushes as a _Sample has them."""
+        return self._energy / self._chance, torch.stack(self._pushes, 1) / self._chance.sqrt().float()[:, None, None]
+
+
+class _Gradients:
+    """What comes back to the outputs of a block's weights."""
+
+    def __init__(self, prefix: str, origins: _Origins) -> None:
         self._prefix = prefix
-        self._sums: dict[Slot, Tensor] = {}
+        self._x: dict[Slot, Tensor] = {}
+        self._rows: dict[Slot, dict[str, _Rows]] = {}
+        share: dict[str, int] = {}
+        for parts in origins.values():
+            for name, *_ in parts:
+                share[name] = share.get(name, 0) + 1
+        for (parameter, expert), parts in origins.items():
+            key = parameter.removeprefix(prefix), expert
+            self._rows[key] = {
+                name: _Rows(outputs, rows, scale, max(8, ROWS // share[name])) for name, outputs, rows, scale in parts
+            }
+
+    def see(self, slot: Slot, x: Tensor, inputs: Inputs) -> None:
+        """A product begins."""
+        self._x[slot] = x.detach().reshape(-1, x.shape[-1])
+        inputs.see(slot, x.detach())
 
     def made(self, slot: Slot, out: Tensor) -> None:
-        """A product whose gradient will come."""
+        """It is done; its gradient will come."""
+        x = self._x.pop(slot)
         if out.requires_grad:
-            out.register_hook(lambda gradient: self._note(slot, gradient))
+            out.register_hook(lambda gradient: self._note(slot, gradient.reshape(-1, gradient.shape[-1]), x))
 
-    def of(self, slot: Slot) -> Tensor | None:
-        """[outputs] float64 of a weight (full name), None when nothing was multiplied with it."""
-        return self._sums.get((slot[0].removeprefix(self._prefix), slot[1]))
+    def of(self, tensor: str, slot: Slot) -> _Rows | None:
+        """The rows of a weight (full name), None when nothing came back to it."""
+        rows = self._rows[slot[0].removeprefix(self._prefix), slot[1]][tensor]
+        return rows if rows.drawn.numel() else None
 
-    def _note(self, slot: Slot, gradient: Tensor) -> None:
-        energy = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(0)
-        self._sums[slot] = self._sums[slot] + energy if slot in self._sums else energy
+    def _note(self, slot: Slot, gradient: Tensor, x: Tensor) -> None:
+        for rows in self._rows.get(slot, {}).values():
+            rows.add(gradient, x)
 
 
 def _damage(sample: _Sample) -> dict[str, Tensor]:
+    """Half the squares, summed over rows: per token and per window."""
     grid = GRIDS[sample.grid]
     if _adaptive(grid):
         Q = feedback(sample.W, cast(Adaptive, grid), sample.c).dequantize()
     else:
         Q = nearest(sample.W, grid).dequantize()
-    return {DAMAGE: sample.scale * loss(sample.W, Q, sample.c.H).double().mean()}
+    per_token = 0.5 * (sample.energy * loss(sample.W, Q, sample.c.H).double()).sum()
+    if sample.pushes is None:
+        return {DAMAGE: per_token.repeat(2)}
+    moved = torch.einsum("rc,rsc->rs", Q - sample.W, sample.pushes).double()
+    return {DAMAGE: torch.stack([per_token, 0.5 * moved.square().sum()])}
 
 
-def _drawn(weight: Tensor, n: int) -> Tensor:
-    """n rows in proportion to `weight` [rows], evenly spread: every row expects weight / sum(weight) * n draws."""
-    total = weight.double().cumsum(0)
-    if total[-1] <= 0:
-        return torch.linspace(0, weight.numel() - 1, min(n, weight.numel())).round().long()
-    places = (torch.arange(n, dtype=torch.float64) + 0.5) / n * total[-1]
-    return torch.searchsorted(total, places).clamp(max=weight.numel() - 1)
+def _drawn(weight: Tensor, n: int, even: float = 0.5) -> tuple[Tensor, Tensor]:
+    """n rows, evenly spread over the sum of their weights, and how many draws each of them could expect.
+
+    weight  [rows], non-negative
+    even    share of the draws that do not look at it
+    """
+    weight = weight.double()
+    total, alike = weight.sum(), torch.full_like(weight, 1 / weight.numel())
+    share = (1 - even) * weight / total + even * alike if total > 0 else alike
+    places = (torch.arange(n, dtype=torch.float64) + 0.5) / n * share.sum()
+    rows = torch.searchsorted(share.cumsum(0), places).clamp(max=weight.numel() - 1)
+    return rows, n * share[rows]
 
 
 def _adaptive(grid: Grid) -> bool:
     return hasattr(grid, "bases")
 
 
-def _matrices(tensor: GGUFTensor) -> Iterator[Tensor]:
+def _matrices(tensor: GGUFTensor, n: int) -> Sequence[Tensor]:
+    """The matrix of each of n slots: one per expert, or the same for all."""
     W = tensor.read()
-    yield from W.unbind(0) if W.dim() == 3 else [W]
+    return W.unbind(0) if W.dim() == 3 else [W] * n

@@ -1,0 +1,96 @@
+"""What `--fit`, `--bpw` and `--context` mean in bytes of a file, and the sweep that tells where to spend them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whit.checkpoints.atomic import whole_file
+from whit.cli.calibration import calibration_windows
+from whit.cli.progress import progress_bar
+from whit.errors import RecipeError
+from whit.memory import kv_cache_bytes, shape_from_config, working_bytes
+from whit.models.model import Model
+from whit.pipeline.allocate import Allocator, Damages
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(r"(\d[\d_]*\.?\d*|\.\d+)\s*([a-z]*)", re.IGNORECASE)
+SWEPT = 8  # windows of the sensitivity sweep
+
+
+def parse_size(text: str) -> int:
+    """Bytes that a person typed: 95MB (10^6), 4GiB (2^30), 95000000. Raises RecipeError for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].lower() not in UNITS:
+        raise RecipeError(f"{text!r} is not a size. Write it like 95MB, 4GB, 3.5GiB or 95000000.")
+    return int(float(match[1].replace("_", "")) * UNITS[match[2].lower()])
+
+
+def file_bytes(model: Model, allocator: Allocator, fit: str | None, bpw: float | None, context: int | None) -> int:
+    """The largest file that meets a request: `--fit`, less what running needs with `--context`, or `--bpw`.
+
+    Raises RecipeError when nothing meets it.
+    """
+    if bpw is not None:
+        return int(bpw * allocator.n_weights / 8)
+    assert fit is not None
+    n_bytes = parse_size(fit)
+    if context is None:
+        return n_bytes
+    shape = shape_from_config(model.config)
+    if shape.max_context is not None and context > shape.max_context:
+        raise RecipeError(f"{model.label} reads at most {shape.max_context} tokens; --context {context} is more.")
+    cache, working = kv_cache_bytes(shape, context), working_bytes(shape, context)
+    left = int(n_bytes - cache - working)
+    if left < allocator.least:
+        raise RecipeError(
+            f"{n_bytes:,} bytes with {context} tokens of context: the cache of keys and values takes {cache:,.0f}, "
+            f"working memory {working:,.0f}, the smallest file of this model {allocator.least:,}; together "
+            f"{cache + working + allocator.least:,.0f}. Give more room, a shorter context or a smaller model."
+        )
+    return left
+
+
+def swept(model: Model, allocator: Allocator, windows: Tensor | None, table: Path | None) -> Damages:
+    """What every matrix on every grid would cost.
+
+    windows  the calibration text, of which some are read; None for documentation
+    table    a file of `whit plan --save`, instead of the sweep
+    Raises RecipeError when the table is of another model.
+    """
+    if table:
+        return read_damages(table, allocator)
+    from whit.pipeline.sensitivity import sensitivities  # it imports transformers, which takes seconds
+
+    if windows is None:
+        windows, _ = calibration_windows(model, SWEPT)
+    some = torch.linspace(0, len(windows) - 1, min(SWEPT, len(windows))).round().long()
+    with progress_bar("sensitivities") as progress:
+        return sensitivities(model, allocator.candidates, windows[some], progress=progress)
+
+
+def write_damages(damages: Damages, path: Path) -> None:
+    """Keep the result of a sweep. Raises OutputError when it cannot be written."""
+    raw = json.dumps({"nats_per_token": damages}, indent=1).encode()
+    with whole_file(path, len(raw), overwrite=True) as file:
+        file.write(raw)
+
+
+def read_damages(path: Path, allocator: Allocator) -> Damages:
+    """The result of a sweep that was kept. Raises RecipeError when it does not belong to the allocator's model."""
+    try:
+        found: Any = json.loads(path.read_text())["nats_per_token"]
+        complete = all(set(grids) <= set(found[name]) for name, grids in allocator.candidates.items())
+        numbers = all(float(each) >= 0 for grids in found.values() for each in grids.values())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
+        complete = numbers = False
+    if not (complete and numbers):
+        raise RecipeError(f"{path}: not what `whit plan --save` writes for this model. Run it again.")
+    return found
