@@ -26,6 +26,7 @@ from whit.errors import BrokenFileError, ModelError
 from whit.layouts.ggml import GGML_TYPES
 
 MAGIC = b"GGUF"
+COPIED = 1 << 24  # bytes at a time
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 
@@ -71,6 +72,21 @@ class GGUFFile:
         """The stored bytes as a flat uint8 tensor."""
         entry = self._entries[name]
         return self._file.tensor_at(entry.offset, entry.info.n_bytes, f"tensor {name}")
+
+    def with_changes(self, file: BinaryIO, data: Iterable[tuple[str, Tensor]]) -> None:
+        """Write a copy in which some tensors have other bytes, flat uint8, of the same types and sizes.
+
+        Raises ValueError for another size.
+        """
+        for start in range(0, self.n_bytes, COPIED):
+            n_bytes = min(COPIED, self.n_bytes - start)
+            file.write(self._file.tensor_at(start, n_bytes, "a part of the file").numpy().data)
+        for name, raw in data:
+            entry = self._entries[name]
+            if raw.numel() != entry.info.n_bytes:
+                raise ValueError(f"{name}: {raw.numel()} bytes were given, {entry.info.n_bytes} are stored")
+            file.seek(entry.offset)
+            file.write(raw.numpy().data)
 
     def read(self, name: str) -> Tensor:
         """Floats as stored, quantized types decoded to float32. Raises ModelError for a type nobody decodes."""

@@ -69,6 +69,10 @@ class Links:
         """The GGUF tensors with a parameter under `prefix`, in file order."""
         return [name for name, slots in self._slots.items() if any(slot[0].startswith(prefix) for slot in slots)]
 
+    def made_of(self, parameter: str) -> list[str]:
+        """The GGUF tensors that a parameter is made of."""
+        return [name for name, slots in self._slots.items() if any(slot[0] == parameter for slot in slots)]
+
     def read(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
         """A parameter's values, from replaced tensors where there are some. Raises KeyError for an unknown one."""
         if parameter in self._direct:

@@ -10,7 +10,7 @@ the recording checks that each block was handed the very tensor that the one bef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,7 @@ from whit.errors import ModelError
 from whit.models.model import Model
 from whit.models.skeleton import check_finite, config_and_class, quiet
 
+Weights = Mapping[str, Tensor]
 Read = Callable[[str, tuple[int, ...]], Tensor]  # name and shape of a parameter -> its values
 
 
@@ -105,16 +106,25 @@ class BlockStream:
         self._fill(block, f"{self._path}.{index}.")
         return block
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """One window [1, length, hidden] through a filled block; differentiable where hidden asks for it."""
+    def run(self, index: int, hidden: Tensor, weights: Weights | None = None) -> Tensor:
+        """One window [1, length, hidden] through a filled block; differentiable where hidden asks for it.
+
+        weights  parameters (names within the block) to use instead of its own
+        """
         call = self._calls[index]
         with torch.set_grad_enabled(hidden.requires_grad):
-            out = self._blocks[index](hidden, *call.args, **call.kwargs)
+            out = _called(self._blocks[index], weights, (hidden, *call.args), call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def prefix(self, index: int) -> str:
         """What stands before the names of a block's parameters in the whole model."""
         return f"{self._path}.{index}."
+
+    def shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """The parameters of a block, by their names within it."""
+        block = self._blocks[index]
+        _make_buffers(self._module, block)
+        return {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
 
     def empty(self, index: int) -> None:
         """Give the memory of a block's weights back."""
@@ -124,21 +134,35 @@ class BlockStream:
         """One window after the last block -> what the head is given, [length, hidden]; differentiable as `run` is."""
         return self._after_blocks(self._module.get_decoder(), hidden).last_hidden_state[0]
 
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, head: Tensor, weights: Weights | None = None) -> Tensor:
         """Any part [1, n, hidden] of a window after the last block -> logits [n, vocab], caps and scales included.
 
-        head  [vocab, hidden] float32, the head's weights
+        head     [vocab, hidden] float32, the head's weights
+        weights  other parameters, by their full names, to use instead of the model's own
         """
-        self._module.get_output_embeddings().weight = nn.Parameter(head, requires_grad=False)
-        return self._after_blocks(self._module, hidden).logits[0]
+        output = self._module.get_output_embeddings()
+        name = next(name for name, module in self._module.named_modules() if module is output)
+        return self._after_blocks(self._module, hidden, {f"{name}.weight": head, **(weights or {})}).logits[0]
 
-    def _after_blocks(self, part: nn.Module, hidden: Tensor) -> Any:
+    def outer(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that come after the blocks, but for the head: full names and shapes."""
+        given = self._module.get_input_embeddings(), self._module.get_output_embeddings()
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, module in self._module.named_modules():
+            if module in given or name.startswith(f"{self._path}."):
+                continue
+            shapes |= {
+                f"{name}.{key}": tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)
+            }
+        return shapes
+
+    def _after_blocks(self, part: nn.Module, hidden: Tensor, weights: Weights | None = None) -> Any:
         self._module.set_submodule(self._path, nn.ModuleList([_Replay(hidden)]))
         text = self._module.get_decoder().config
         depth, text.num_hidden_layers = text.num_hidden_layers, 1
         try:
             with torch.set_grad_enabled(hidden.requires_grad):
-                return part(inputs_embeds=hidden, use_cache=False)
+                return _called(part, weights, (), {"inputs_embeds": hidden, "use_cache": False})
         finally:
             text.num_hidden_layers = depth
 
@@ -161,6 +185,12 @@ class _Replay(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._hidden
+
+
+def _called(part: nn.Module, weights: Weights | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if weights is None:
+        return part(*args, **kwargs)
+    return torch.func.functional_call(part, dict(weights), args, kwargs, tie_weights=False)
 
 
 def _inside(name: str, lists: dict[str, nn.ModuleList]) -> bool:
