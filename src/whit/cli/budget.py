@@ -12,6 +12,7 @@ from torch import Tensor
 
 from whit.checkpoints.atomic import whole_file
 from whit.cli.calibration import calibration_windows
+from whit.cli.progress import Report as Progress
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
 from whit.memory import kv_cache_bytes, shape_from_config, working_bytes
@@ -72,6 +73,38 @@ def swept(model: Model, allocator: Allocator, windows: Tensor | None, table: Pat
     some = torch.linspace(0, len(windows) - 1, min(SWEPT, len(windows))).round().long()
     with progress_bar("sensitivities") as progress:
         return sensitivities(model, allocator.candidates, windows[some], progress=progress)
+
+
+def frontier_sizes(allocator: Allocator, points: int) -> list[int]:
+    """Sizes in equal ratios, from the smallest file to 8.5 bits per weight (or to the largest, or all alike)."""
+    most = min(allocator.most, max(allocator.least, int(8.5 * allocator.n_weights / 8)))
+    ratio = (most / allocator.least) ** (1 / max(1, points - 1))
+    return [min(most, int(allocator.least * ratio**i) + 1) if i else allocator.least for i in range(points)]
+
+
+def check_damages(
+    model: Model, allocator: Allocator, windows: Tensor, n: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """Predictions for n pairs of a tensor and a grid, spread over the file, beside what is measured.
+
+    Both for plain rounding, so that nothing but the prediction is checked.
+    """
+    from whit.pipeline.sensitivity import sensitivities  # they import transformers, which takes seconds
+    from whit.pipeline.spotcheck import measured
+
+    names = list(allocator.candidates)
+    chosen = [names[round(i * (len(names) - 1) / max(1, n - 1))] for i in range(n)]
+    usual = [[grid for grid in allocator.candidates[name] if grid != "f16"] or ["f16"] for name in chosen]
+    pairs = [(name, grids[i % len(grids)]) for i, (name, grids) in enumerate(zip(chosen, usual, strict=True))]
+    wanted: dict[str, list[str]] = {}
+    for name, grid in pairs:
+        wanted.setdefault(name, []).append(grid)
+    predicted = sensitivities(model, wanted, windows, progress=progress, plain=True)
+    truth = measured(model, pairs, windows, progress)
+    return [
+        {"tensor": name, "grid": grid, "predicted": predicted[name][grid], "measured": each}
+        for (name, grid), each in zip(pairs, truth, strict=True)
+    ]
 
 
 def write_damages(damages: Damages, path: Path) -> None:

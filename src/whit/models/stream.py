@@ -10,7 +10,7 @@ the recording checks that each block was handed the very tensor that the one bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -24,6 +24,7 @@ from whit.models.model import Model
 from whit.models.skeleton import check_finite, config_and_class, quiet
 
 Weights = Mapping[str, Tensor]
+LOGITS = 1 << 24  # values in one piece of logits
 Read = Callable[[str, tuple[int, ...]], Tensor]  # name and shape of a parameter -> its values
 
 
@@ -185,6 +186,12 @@ class _Replay(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._hidden
+
+
+def pieces(length: int, n_vocab: int) -> Iterator[slice]:
+    """Parts of a window whose logits may be in memory together."""
+    size = max(1, LOGITS // n_vocab)
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def _called(part: nn.Module, weights: Weights | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

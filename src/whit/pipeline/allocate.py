@@ -113,6 +113,14 @@ class Allocator:
             ) from None
         return self._allocation(found)
 
+    def grids(self, allocation: Allocation) -> dict[str, str]:
+        """The grid of every matrix."""
+        return {rule.pattern: rule.grid for rule in allocation.recipe.rules if rule.pattern in self.candidates}
+
+    def weights_in(self, name: str) -> int:
+        """Weights of a matrix."""
+        return self._tensors[name].n_weights
+
     def _items(self, damages: Damages) -> list[list[Choice]]:
         return [
             [Choice(grid, self._stored(name, grid), damages[name][grid]) for grid in grids]

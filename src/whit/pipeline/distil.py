@@ -16,7 +16,7 @@ Source: docs/budget.md; the loss as in arXiv 2502.04420 and mlx-lm's DWQ.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
@@ -30,13 +30,12 @@ from whit.errors import ModelError
 from whit.evaluation.divergence import mean_and_error
 from whit.models.links import Links
 from whit.models.model import Model
-from whit.models.stream import BlockStream, Weights
+from whit.models.stream import BlockStream, Weights, pieces
 from whit.pipeline.quantize import model_view
 from whit.pipeline.student import Student
 
 Progress = Callable[[int, int, str], None]
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-LOGITS = 1 << 24  # values in one piece of logits
 CHECKS = 4  # looks at the text that is not trained on
 CLEARLY = 2.0  # standard errors of the paired difference
 
@@ -153,7 +152,7 @@ class _Run:
         head, weights = self._outer()
         found = []
         for index in range(self._n_held):
-            for part in _parts(hidden[index].shape[1], head.shape[0]):
+            for part in pieces(hidden[index].shape[1], head.shape[0]):
                 log_p = self._teacher.log_p(index, part)
                 log_q = self._stream.logits(hidden[index][:, part], head, weights).log_softmax(-1)
                 found.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
@@ -230,8 +229,8 @@ class _Run:
         sums: dict[str, Tensor | None] = dict.fromkeys(wanted)
         gradients = []
         for index, window in zip(batch, hidden, strict=True):
-            pieces = []
-            for part in _parts(window.shape[1], head.shape[0]):
+            parts = []
+            for part in pieces(window.shape[1], head.shape[0]):
                 at = window[:, part].detach()
                 with torch.no_grad():
                     off = self._stream.logits(at, head, weights).softmax(-1)
@@ -241,9 +240,9 @@ class _Run:
                 with _fast():
                     logits = self._stream.logits(at, head, weights)
                     found = torch.autograd.grad(logits, [at, *wanted.values()], off.to(logits.dtype), allow_unused=True)
-                pieces.append(found[0])
+                parts.append(found[0])
                 sums = {name: _sum(sums[name], each) for name, each in zip(wanted, found[1:], strict=True)}
-            gradients.append(torch.cat(pieces, dim=1))
+            gradients.append(torch.cat(parts, dim=1))
         of_leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         self._back(sums, parameters, of_leaves)
         return gradients
@@ -319,11 +318,6 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None or second is None:
         return second if first is None else first
     return first + second
-
-
-def _parts(length: int, n_vocab: int) -> Iterator[slice]:
-    size = max(1, LOGITS // n_vocab)
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def _fast() -> torch.autocast:

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from whit.allocator import return_memory
 from whit.calibration.moments import Moments
-from whit.grids.grid import Adaptive, Grid
+from whit.grids.grid import Adaptive
 from whit.grids.named import GRIDS
 from whit.models.architecture import GGUFTensor
 from whit.models.links import Links
 from whit.models.model import Model
-from whit.models.stream import BlockStream
+from whit.models.stream import BlockStream, pieces
 from whit.models.taps import Slot, watched
 from whit.parallel import spread
 from whit.pipeline.inputs import Inputs, moments_of
@@ -49,7 +49,6 @@ Progress = Callable[[int, int, str], None]
 _Origins = dict[Slot, list[tuple[str, Tensor, Tensor, Tensor]]]  # tensor, outputs, rows, scale as in _Rows
 Damages = dict[str, dict[str, float]]  # tensor -> grid -> nats per token
 ROWS = 64  # of every tensor that are rounded to every grid
-LOGITS = 1 << 23  # values in one piece of logits
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 DAMAGE = "damage"
 MOST_ROWS = 1 << 17  # of a matrix in a block: 128 times this is exact in float32
@@ -72,6 +71,7 @@ class _Sample:
     energy: Tensor
     pushes: Tensor | None
     c: Curvature
+    plain: bool
 
 
 def sensitivities(
@@ -80,15 +80,18 @@ def sensitivities(
     windows: Tensor,
     seed: int = 0,
     progress: Progress | None = None,
+    plain: bool = False,
 ) -> Damages:
     """Nats per token for every tensor and each of its candidates.
 
     candidates  tensor name -> names of grids
     windows     [n, length] int64
     seed        of the labels
+    plain       for plain rounding, not for error feedback
     Raises BadWeightsError for weights or activations that are not finite.
     """
-    return _Sweep(model, candidates, windows, seed, progress or (lambda done, total, what: None)).damages()
+    tell = progress or (lambda done, total, what: None)
+    return _Sweep(model, candidates, windows, seed, tell, plain).damages()
 
 
 class _Sweep:
@@ -99,12 +102,13 @@ class _Sweep:
         windows: Tensor,
         seed: int,
         tell: Progress,
+        plain: bool,
     ) -> None:
         view = model_view(model)
         self._links = Links(view)
         self._stream = BlockStream(model, self._links.read)
         self._tensors = {tensor.name: tensor for tensor in view.tensors}
-        self._candidates, self._windows, self._tell = candidates, windows, tell
+        self._candidates, self._windows, self._tell, self._plain = candidates, windows, tell, plain
         self._generator = torch.Generator().manual_seed(seed)
         self._found: Damages = {}
 
@@ -132,14 +136,13 @@ class _Sweep:
         """Damages of the head, and the gradient of the sampled labels' log-likelihood at its input."""
         name = HEAD if HEAD in self._tensors else EMBEDDING
         W = self._tensors[name].read()
-        size = max(1, LOGITS // W.shape[0])
         spread_of = torch.zeros(W.shape[0], dtype=torch.float64)  # sum of p (1 - p)
         moments, gradients = Moments(W.shape[1]), []
         for window in hidden:
             moments.add(self._stream.final(window))
             parts = []
-            for part in window.split(size, dim=1):
-                at = part.detach().requires_grad_()
+            for part in pieces(window.shape[1], W.shape[0]):
+                at = window[:, part].detach().requires_grad_()
                 logits = self._stream.logits(at, W)
                 p = logits.detach().softmax(-1)
                 spread_of += (p - p.square()).sum(0)
@@ -152,7 +155,7 @@ class _Sweep:
             drawn, chance = _drawn(spread_of, ROWS)
             moments.check(name)
             c, energy = curvature(moments.H), spread_of[drawn] / chance
-            self._add([_Sample(name, grid, W[drawn], energy, None, c) for grid in self._candidates[name]])
+            self._add([_Sample(name, grid, W[drawn], energy, None, c, self._plain) for grid in self._candidates[name]])
         return gradients
 
     def _block(self, index: int, hidden: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
@@ -181,7 +184,7 @@ class _Sweep:
                 moments.check(name)
                 c, W = curvature(moments.H), matrix[rows.in_file[rows.drawn]]
                 energy, pushes = rows.weighed()
-                samples += [_Sample(name, grid, W, energy, pushes, c) for grid in self._candidates[name]]
+                samples += [_Sample(name, grid, W, energy, pushes, c, self._plain) for grid in self._candidates[name]]
         stream.empty(index)
         self._add(samples)
         return before
@@ -199,8 +202,8 @@ class _Sweep:
         rows, _ = _drawn(uses, ROWS, even=0.0)
         tied = HEAD not in self._tensors
         for grid in self._candidates[EMBEDDING]:
-            Q = nearest(W[rows], GRIDS[grid]) if tied or not _adaptive(GRIDS[grid]) else None
-            decoded = Q.dequantize() if Q else feedback(W[rows], cast(Adaptive, GRIDS[grid]), c).dequantize()
+            # a tied one is rounded for its role as the head, which means no more to this one than plain rounding
+            decoded = _rounded(W[rows], grid, c, self._plain or tied)
             damage = 0.5 * loss(W[rows], decoded, c.H).mean().item()
             of_one = self._found.setdefault(EMBEDDING, {})
             of_one[grid] = of_one.get(grid, 0.0) + damage
@@ -320,11 +323,7 @@ class _Gradients:
 
 def _damage(sample: _Sample) -> dict[str, Tensor]:
     """Half the squares, summed over rows: per token and per window."""
-    grid = GRIDS[sample.grid]
-    if _adaptive(grid):
-        Q = feedback(sample.W, cast(Adaptive, grid), sample.c).dequantize()
-    else:
-        Q = nearest(sample.W, grid).dequantize()
+    Q = _rounded(sample.W, sample.grid, sample.c, sample.plain)
     per_token = 0.5 * (sample.energy * loss(sample.W, Q, sample.c.H).double()).sum()
     if sample.pushes is None:
         return {DAMAGE: per_token.repeat(2)}
@@ -346,8 +345,11 @@ def _drawn(weight: Tensor, n: int, even: float = 0.5) -> tuple[Tensor, Tensor]:
     return rows, n * share[rows]
 
 
-def _adaptive(grid: Grid) -> bool:
-    return hasattr(grid, "bases")
+def _rounded(W: Tensor, name: str, c: Curvature, plain: bool) -> Tensor:
+    grid = GRIDS[name]
+    if plain or not hasattr(grid, "bases"):
+        return nearest(W, grid).dequantize()
+    return feedback(W, cast(Adaptive, grid), c).dequantize()
 
 
 def _matrices(tensor: GGUFTensor, n: int) -> Sequence[Tensor]:

@@ -1,0 +1,104 @@
+"""`whit plan MODEL`: which size loses how much, predicted before anything is written."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from whit.cli.budget import check_damages, frontier_sizes, swept, write_damages
+from whit.cli.calibration import CALIB_HELP, calibration_windows
+from whit.cli.progress import progress_bar
+from whit.models.open import open_model
+from whit.pipeline.allocate import Allocation, Allocator
+from whit.pipeline.effort import PRESETS
+
+SWEPT = 8  # windows
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a built-in name (smollm2-135m).")],
+    points: Annotated[int, typer.Option(min=2, max=100, help="How many sizes to show.")] = 10,
+    calib: Annotated[str, typer.Option(help=CALIB_HELP)] = PRESETS["fast"].text,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to read.")] = SWEPT,
+    save: Annotated[
+        Path | None, typer.Option(help="Keep the sweep in this JSON file, for --table of `whit quantize`.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="A file of --save instead of a sweep.")] = None,
+    check: Annotated[
+        int, typer.Option(min=0, help="Also measure so many predictions, one tensor on one grid each.")
+    ] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Exact figures.")] = False,
+) -> None:
+    """Predict what a model loses at every size, so that you can choose one."""
+    opened = open_model(model)
+    allocator = Allocator(opened)
+    ids = None
+    if table is None or check:
+        ids, source = calibration_windows(opened, windows, calib)
+    damages = swept(opened, allocator, ids, table)
+    if save:
+        write_damages(damages, save)
+    found = [allocator.fit(damages, n_bytes) for n_bytes in frontier_sizes(allocator, points)]
+    checked: list[dict[str, Any]] = []
+    if check:
+        assert ids is not None
+        with progress_bar("checking") as progress:
+            checked = check_damages(opened, allocator, ids, check, progress)
+    if json:
+        sizes = [
+            {"bytes": each.n_bytes, "bits_per_weight": 8 * each.n_bytes / allocator.n_weights, "kl": each.damage}
+            for each in found
+        ]
+        print(jsonlib.dumps({"model": opened.label, "sizes": sizes, "checked": checked}, indent=2))
+        return
+    console = Console(highlight=False, markup=False)
+    _print(console, allocator, found)
+    if checked:
+        _print_checked(console, checked)
+    elif table is None:
+        console.print(f"\nPredicted on {source}.", soft_wrap=True)
+    kept = f" --table {save}" if save else ""
+    some = found[len(found) // 2]
+    console.print(f"Next: whit quantize {model} --fit {some.n_bytes}{kept} -o OUT.gguf", soft_wrap=True)
+
+
+def _print(console: Console, allocator: Allocator, found: list[Allocation]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("MB", "bits per weight", "KL, predicted", "largest shares"):
+        table.add_column(title, justify="left" if title == "largest shares" else "right")
+    for each in found:
+        bits = f"{8 * each.n_bytes / allocator.n_weights:.2f}"
+        table.add_row(f"{each.n_bytes / 1e6:.1f}", bits, f"{each.damage:.2g}", _shares(allocator, each))
+    console.print(table)
+
+
+def _shares(allocator: Allocator, each: Allocation) -> str:
+    sizes: dict[str, int] = {}
+    for name, grid in allocator.grids(each).items():
+        sizes[grid] = sizes.get(grid, 0) + allocator.weights_in(name)
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{grid} {100 * n / sum(sizes.values()):.0f} %" for grid, n in largest)
+
+
+def _print_checked(console: Console, checked: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("tensor", "grid", "KL, predicted", "KL, measured"):
+        table.add_column(title, justify="left" if title in ("tensor", "grid") else "right")
+    for each in checked:
+        table.add_row(each["tensor"], each["grid"], f"{each['predicted']:.2g}", f"{each['measured']:.2g}")
+    console.print()
+    console.print(table)
+    logs = torch.tensor([[each["predicted"], each["measured"]] for each in checked]).double().clamp(min=1e-12).log()
+    factor = (logs[:, 0] - logs[:, 1]).mean().exp().item()
+    correlation = torch.corrcoef(logs.T)[0, 1].item() if len(checked) > 2 else float("nan")
+    console.print(
+        f"Predicted / measured: {factor:.2f} (geometric mean), correlation of the logarithms {correlation:.3f}. "
+        "Both are of plain rounding; what is written loses less.",
+        soft_wrap=True,
+    )

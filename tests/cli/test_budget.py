@@ -1,0 +1,101 @@
+"""Budgets on the command line: what they mean, what is refused, and files that keep them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tiny import save_tiny
+from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
+from whit.cli.app import run
+from whit.cli.budget import file_bytes, parse_size, read_damages, write_damages
+from whit.errors import RecipeError
+from whit.memory import run_bytes, shape_from_config
+from whit.models.open import open_model
+from whit.pipeline.allocate import Allocator
+
+FAST = ["--preset", "fast", "--windows", "3"]
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    save_tiny("llama", tmp_path / "model", vocab_size=TOY_VOCAB)
+    save_toy_tokenizer("llama", tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("95MB", 95_000_000), ("4GiB", 4 * 2**30), ("3.5 GB", 3_500_000_000), ("95_000_000", 95_000_000), (".5kb", 500)],
+)
+def test_sizes_as_people_write_them(text: str, n_bytes: int) -> None:
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "big", "4 parsecs", "-3GB", "GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(RecipeError, match="is not a size"):
+        parse_size(text)
+
+
+def test_a_context_takes_its_share(llama: Path) -> None:
+    model = open_model(llama)
+    allocator = Allocator(model)
+    left = file_bytes(model, allocator, "2MB", None, 100)
+    assert run_bytes(left, shape_from_config(model.config), 100).total == pytest.approx(2e6, abs=1)
+    with pytest.raises(RecipeError, match="cache of keys and values"):
+        file_bytes(model, allocator, str(allocator.least + 1), None, 100)
+    with pytest.raises(RecipeError, match="reads at most 128 tokens"):
+        file_bytes(model, allocator, "2GB", None, 129)
+
+
+def test_a_file_that_fits_and_its_recipe_again(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, recipe = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "a.json"
+    budget = Allocator(open_model(llama)).least + 20_000
+    arguments = ["quantize", str(llama), *FAST]
+    assert run([*arguments, "--fit", str(budget), "-o", str(first), "--save-recipe", str(recipe)]) == 0
+    assert first.stat().st_size <= budget
+    assert f"{first.stat().st_size:,}" in capsys.readouterr().out
+    assert run([*arguments, "--recipe", str(recipe), "-o", str(second)]) == 0
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_bits_per_weight_are_those_of_the_whole_file(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    model = open_model(llama)
+    allocator = Allocator(model)
+    bits = 8 * allocator.least / allocator.n_weights + 1
+    assert run(["quantize", str(llama), *FAST, "--bpw", f"{bits:.3f}", "-o", str(out)]) == 0
+    assert 8 * out.stat().st_size / allocator.n_weights <= bits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "exactly one of --recipe, --fit, --bpw"),
+        (["--recipe", "q4_0", "--fit", "1MB"], "exactly one of"),
+        (["--recipe", "q4_0", "--context", "8"], "--context"),
+        (["--fit", "1MB", "--pure"], "--save-recipe"),
+        (["--fit", "1kB"], "the smallest file of this model"),
+        (["--fit", "1MB", "--table", "missing.json"], "cannot be read"),
+    ],
+)
+def test_requests_that_make_no_sense(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run(["quantize", str(llama), *arguments, *FAST, "-o", str(tmp_path / "a.gguf")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_sweep_is_kept_and_belongs_to_its_model(llama: Path, tmp_path: Path) -> None:
+    allocator = Allocator(open_model(llama))
+    table = {name: dict.fromkeys(grids, 0.25) for name, grids in allocator.candidates.items()}
+    write_damages(table, tmp_path / "a.json")
+    assert read_damages(tmp_path / "a.json", allocator) == table
+    for wrong in ({"nats_per_token": {}}, {}, {"nats_per_token": {**table, "token_embd.weight": {"q8_0": "x"}}}):
+        (tmp_path / "a.json").write_text(json.dumps(wrong))
+        with pytest.raises(RecipeError, match="not what `whit plan --save` writes for this model"):
+            read_damages(tmp_path / "a.json", allocator)

@@ -1,0 +1,45 @@
+"""The frontier that `whit plan` predicts, and its checks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tiny import save_tiny
+from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
+from whit.cli.app import run
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    save_tiny("llama", tmp_path / "model", vocab_size=TOY_VOCAB)
+    save_toy_tokenizer("llama", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_larger_files_are_predicted_to_lose_less(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(llama), "--windows", "3", "--points", "5", "--check", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sizes = found["sizes"]
+    assert [each["bytes"] for each in sizes] == sorted(each["bytes"] for each in sizes)
+    assert [each["kl"] for each in sizes] == sorted((each["kl"] for each in sizes), reverse=True)
+    assert sizes[-1]["bits_per_weight"] <= 8.5
+    assert len(found["checked"]) == 4
+    assert all(each["measured"] > 0 for each in found["checked"])
+
+
+def test_a_kept_sweep_is_used_again(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.json"
+    assert run(["plan", str(llama), "--windows", "3", "--check", "3", "--save", str(table)]) == 0
+    shown = capsys.readouterr().out
+    assert "Predicted / measured" in shown
+    assert f"--table {table}" in shown
+    assert run(["plan", str(llama), "--table", str(table)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert all(row in shown for row in rows)
+    out = tmp_path / "a.gguf"
+    budget = ["--fit", "1MB", "--table", str(table), "--preset", "fast", "--windows", "3"]
+    assert run(["quantize", str(llama), *budget, "-o", str(out)]) == 0
+    assert out.stat().st_size <= 10**6
