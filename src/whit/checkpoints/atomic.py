@@ -23,7 +23,7 @@ def whole_file(path: Path, n_bytes: int, overwrite: bool) -> Iterator[BinaryIO]:
     Raises OutputError when the file exists, cannot be written or the disk is or gets full. On any exception,
     an interrupt included, the temporary file is removed and an older file of that name stays as it was.
     """
-    _check_target(path, n_bytes, overwrite)
+    check_target(path, n_bytes, overwrite)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -40,7 +40,8 @@ def whole_file(path: Path, n_bytes: int, overwrite: bool) -> Iterator[BinaryIO]:
         raise
 
 
-def _check_target(path: Path, n_bytes: int, overwrite: bool) -> None:
+def check_target(path: Path, n_bytes: int, overwrite: bool) -> None:
+    """Raise OutputError, before any work, when `whole_file` would."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder. Give a file name.")
     if path.exists() and not overwrite:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from whit.checkpoints.atomic import whole_file
+from whit.checkpoints.atomic import check_target, whole_file
 from whit.checkpoints.imatrix import read_imatrix
 from whit.cli.budget import file_bytes, swept
 from whit.cli.calibration import CALIB_HELP, calibration_for
@@ -23,7 +24,7 @@ from whit.models.open import open_model
 from whit.pipeline.allocate import Allocator
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
-from whit.pipeline.quantize import Result, plan_gguf, write_gguf
+from whit.pipeline.quantize import Result, plan_gguf, predicted_bytes, write_gguf
 from whit.recipes.files import read_recipe, write_recipe
 from whit.recipes.named import RECIPES, recipe_named
 from whit.recipes.recipe import Recipe
@@ -70,6 +71,10 @@ def command(
     imatrix: Annotated[
         Path | None, typer.Option(help="An importance matrix of llama.cpp or `whit imatrix`, instead of a text.")
     ] = None,
+    distil: Annotated[
+        int, typer.Option(min=0, help="Then let scales and norms follow the original for so many steps, such as 100.")
+    ] = 0,
+    minutes: Annotated[float | None, typer.Option(min=0, help="End --distil after about so many minutes.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="'pattern=grid' for some tensors, such as 'blk.*.ffn_down=q6_k'; may be repeated."),
@@ -101,6 +106,10 @@ def command(
         else:
             calibration = calibration_for(opened, preset, calib, windows)
         console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
+    if distil:
+        from whit.cli import distil as distilling  # it imports transformers, which takes seconds
+
+        held_out, train = distilling.texts(console, opened, calib)
     if chosen is None:
         text = None if calibration is None or imatrix else calibration.windows
         allocation = allocator.fit(swept(opened, allocator, text, table), n_bytes)
@@ -108,9 +117,14 @@ def command(
         console.print(f"Of {n_bytes:,} bytes {allocation.n_bytes:,} will be used.")
     if save_recipe:
         write_recipe(plan_gguf(opened, chosen).recipe, save_recipe)
-    with progress_bar("quantizing") as progress:
-        result = write_gguf(opened, chosen, out, force, progress, calibration)
-    print_result(console, result)
+    check_target(out, predicted_bytes(opened, chosen), force)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        written = Path(folder) / out.name if distil else out
+        with progress_bar("quantizing") as progress:
+            result = write_gguf(opened, chosen, written, force, progress, calibration)
+        print_result(console, replace(result, path=out))
+        if distil:
+            distilling.write(console, opened, open_model(written), out, held_out, train, distil, minutes, force)
     if report:
         _write_report(report, result, calibration)
     requantized = sorted({kind for kind in _source_types(opened) if kind.lower() not in FLOAT_GRIDS})

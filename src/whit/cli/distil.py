@@ -1,0 +1,94 @@
+"""`whit distil FILE --against ORIGINAL -o OUT`, and what `--distil` of `whit quantize` does after rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from whit.checkpoints.atomic import check_target
+from whit.cli.calibration import CALIB_HELP, MIXED, calibration_windows
+from whit.cli.progress import progress_bar
+from whit.errors import TextError
+from whit.models.model import Model
+from whit.models.open import open_model
+from whit.pipeline.distil import Distilled, Training, distil_gguf
+
+STEPS = 100
+WINDOWS, HELD_OUT = 64, 8  # to train on, to decide on
+
+
+def command(
+    file: Annotated[str, typer.Argument(help="A GGUF file of any tool whose types Whit knows.")],
+    against: Annotated[str, typer.Option(help="The original: folder, .gguf file, hub id or built-in name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write, as large as FILE.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of Adam, two windows each.")] = STEPS,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after about so many minutes.")] = None,
+    calib: Annotated[str, typer.Option(help=CALIB_HELP)] = MIXED,
+    windows: Annotated[int, typer.Option(min=2, help="Windows of 512 tokens to train on.")] = WINDOWS,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Improve the scales and norms of a quantized file; its codes and its size stay as they are."""
+    console = Console(highlight=False, markup=False)
+    original, candidate = open_model(against), open_model(file)
+    check_target(out, candidate.n_bytes, force)
+    held_out, train = texts(console, original, calib, windows)
+    write(console, original, candidate, out, held_out, train, steps, minutes, force)
+    console.print(f"Next: whit eval {out} --against {against}", soft_wrap=True)
+
+
+def texts(console: Console, original: Model, calib: str | None, windows: int = WINDOWS) -> tuple[Tensor, Tensor]:
+    """Windows to decide on and to train on. Raises TextError when there are too few."""
+    ids, source = calibration_windows(original, windows + HELD_OUT, calib or MIXED)
+    held_out, train = shared_out(ids)
+    console.print(f"Distilling on {len(train)} windows, deciding on {len(held_out)}: {source}.", soft_wrap=True)
+    return held_out, train
+
+
+def write(
+    console: Console,
+    original: Model,
+    candidate: Model,
+    out: Path,
+    held_out: Tensor,
+    train: Tensor,
+    steps: int,
+    minutes: float | None,
+    force: bool,
+) -> None:
+    """Distil a file into another and say what came of it."""
+    training = Training(steps, minutes=minutes)
+    with progress_bar("distilling") as progress:
+        found = distil_gguf(original, candidate, out, train, held_out, training, force, progress)
+    print_distilled(console, found)
+
+
+def shared_out(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows [n, length] to decide on, evenly spread, and the rest to train on.
+
+    Raises TextError when there are too few.
+    """
+    n = min(HELD_OUT, len(ids) // 4)
+    if n == 0:
+        raise TextError(f"{len(ids)} windows are too few to distil on: at least 4 are needed. Give a longer text.")
+    held = torch.zeros(len(ids), dtype=torch.bool)
+    held[torch.linspace(0, len(ids) - 1, n + 2).round().long()[1:-1]] = True
+    return ids[held], ids[~held]
+
+
+def print_distilled(console: Console, found: Distilled) -> None:
+    """What came of it."""
+    if found.steps:
+        console.print(
+            f"Distilled: KL {found.before:.5f} -> {found.after:.5f} (± {found.error:.5f}) on text that was not trained "
+            f"on, after {found.steps} steps; {found.seconds:.0f} s."
+        )
+    else:
+        console.print(
+            f"Distilled in vain: KL stayed at {found.before:.5f} on text that was not trained on; the file keeps its "
+            f"scales; {found.seconds:.0f} s."
+        )
