@@ -21,9 +21,10 @@ LAYERS = {
     "checkpoints": 3, "calibration": 3, "transforms": 3,
     "models": 4,
     "recipes": 5,
-    "pipeline": 6, "evaluation": 6,
-    "runtime": 7,
-    "cli": 8,
+    "evaluation": 6,
+    "pipeline": 7,
+    "runtime": 8,
+    "cli": 9,
 }  # fmt: skip
 
 

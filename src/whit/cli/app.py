@@ -25,6 +25,7 @@ VERBS = {
     "demo": ("whit.cli.demo", "Quantize a real model, measure what was lost, and run it."),
     "quantize": ("whit.cli.quantize", "Make a model smaller: write a GGUF file by a recipe."),
     "plan": ("whit.cli.plan", "Predict what a model loses at every size."),
+    "frontier": ("whit.cli.frontier", "Write and measure files of several sizes."),
     "distil": ("whit.cli.distil", "Improve the scales and norms of a quantized file."),
     "imatrix": ("whit.cli.imatrix", "Write the importance matrix of a model."),
     "eval": ("whit.cli.eval", "Measure what a file lost against the original."),
