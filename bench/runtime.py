@@ -20,7 +20,7 @@ class Runtime:
 
     def __init__(self, source: Path, windows: int) -> None:
         """Writes the logits of `source` on so many windows to bench/work."""
-        self.text, self._logits = WORK / "held-out.txt", WORK / f"{source.stem}.logits"
+        self.text, self._logits = WORK / f"{source.stem}.txt", WORK / f"{source.stem}.logits"
         self.text.write_text(default_text().content, encoding="utf-8")
         self._windows = str(windows)
         self._tool = llama_cpp("llama-perplexity")

@@ -99,3 +99,34 @@ def test_a_sweep_is_kept_and_belongs_to_its_model(llama: Path, tmp_path: Path) -
         (tmp_path / "a.json").write_text(json.dumps(wrong))
         with pytest.raises(RecipeError, match="not what `whit plan --save` writes for this model"):
             read_damages(tmp_path / "a.json", allocator)
+
+
+def test_a_promise_is_kept_on_text_that_was_not_read(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = []
+    for i, most in enumerate(("0.2", "0.01")):
+        out = tmp_path / f"{i}.gguf"
+        assert run(["quantize", str(llama), *FAST, "--max-kl", most, "-o", str(out)]) == 0
+        shown = capsys.readouterr().out
+        tried = [line.split() for line in shown.splitlines() if "of their own" in line]
+        assert any(
+            float(words[-1]) <= float(most) and int(words[7].replace(",", "")) == out.stat().st_size for words in tried
+        )
+        sizes.append(out.stat().st_size)
+    assert sizes[0] < sizes[1]
+    assert run(["quantize", str(llama), *FAST, "--max-kl", "1e-12", "-o", str(tmp_path / "no.gguf")]) == 2
+    assert not (tmp_path / "no.gguf").exists()
+
+
+def test_repair_keeps_what_is_measured_to_be_better(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.gguf"
+    budget = Allocator(open_model(llama)).least + 20_000
+    assert run(["quantize", str(llama), *FAST, "--fit", str(budget), "--repair", "3", "-o", str(out)]) == 0
+    tried = [line for line in capsys.readouterr().out.splitlines() if "of their own" in line]
+    assert len(tried) == 4
+    assert "as predicted" in tried[0]
+    assert out.stat().st_size <= budget
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "model"]

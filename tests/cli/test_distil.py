@@ -10,7 +10,7 @@ import torch
 from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.cli.app import run
-from whit.cli.distil import shared_out
+from whit.cli.calibration import shared_out
 from whit.errors import TextError
 
 

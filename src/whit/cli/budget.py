@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from whit.checkpoints.atomic import whole_file
@@ -18,6 +19,8 @@ from whit.errors import RecipeError
 from whit.memory import kv_cache_bytes, shape_from_config, working_bytes
 from whit.models.model import Model
 from whit.pipeline.allocate import Allocator, Damages
+from whit.pipeline.effort import Calibration
+from whit.pipeline.quantize import Result
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(r"(\d[\d_]*\.?\d*|\.\d+)\s*([a-z]*)", re.IGNORECASE)
@@ -73,6 +76,31 @@ def swept(model: Model, allocator: Allocator, windows: Tensor | None, table: Pat
     some = torch.linspace(0, len(windows) - 1, min(SWEPT, len(windows))).round().long()
     with progress_bar("sensitivities") as progress:
         return sensitivities(model, allocator.candidates, windows[some], progress=progress)
+
+
+def best_file(
+    console: Console,
+    allocator: Allocator,
+    damages: Damages,
+    n_bytes: int,
+    max_kl: float | None,
+    repair: int,
+    calibration: Calibration | None,
+    unseen: Tensor,
+    folder: str,
+) -> Result:
+    """Write and measure until a promise is kept or repair is over; the best file is in `folder`."""
+    from whit.pipeline.trials import Trials, promised, repaired  # it imports transformers, which takes seconds
+
+    with progress_bar("trying") as progress:
+        trials = Trials(allocator.model, calibration, unseen, Path(folder), progress)
+        if max_kl is not None:
+            best, said = promised(allocator, damages, max_kl, trials)
+        else:
+            best, said = repaired(allocator, damages, n_bytes, trials, repair)
+    for line in said:
+        console.print(f"  tried on {len(unseen)} windows of their own: {line}")
+    return best.result
 
 
 def frontier_sizes(allocator: Allocator, points: int) -> list[int]:

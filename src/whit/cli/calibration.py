@@ -18,6 +18,7 @@ from whit.pipeline.quantize import plan_gguf
 from whit.recipes.named import recipe_named
 
 DOCUMENTATION, SAMPLED, MIXED, HUB = "docs", "sampled", "mixed", "hf:"
+HELD_OUT = 8  # windows to decide on
 CALIB_HELP = (
     "What to calibrate on: a text file, `docs` (documentation that ships with Python), `sampled` (text that the model "
     "writes itself), `mixed` (half and half), `hf:OWNER/NAME` or `hf:OWNER/NAME/FILE` (a data set on the hub)."
@@ -60,6 +61,19 @@ def calibration_for(model: Model, preset: str, calib: str | None = None, n_windo
     work = PRESETS[preset]
     ids, source = calibration_windows(model, n_windows or work.windows, calib or work.text)
     return Calibration(ids, work.strength, work.effort, source)
+
+
+def shared_out(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows [n, length] to decide on, evenly spread, and the rest to train on.
+
+    Raises TextError when there are too few.
+    """
+    n = min(HELD_OUT, len(ids) // 4)
+    if n == 0:
+        raise TextError(f"{len(ids)} windows are too few to distil on: at least 4 are needed. Give a longer text.")
+    held = torch.zeros(len(ids), dtype=torch.bool)
+    held[torch.linspace(0, len(ids) - 1, n + 2).round().long()[1:-1]] = True
+    return ids[held], ids[~held]
 
 
 def longest(model: Model) -> int:

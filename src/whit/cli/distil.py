@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from torch import Tensor
 
 from whit.checkpoints.atomic import check_target
-from whit.cli.calibration import CALIB_HELP, MIXED, calibration_windows
+from whit.cli.calibration import CALIB_HELP, HELD_OUT, MIXED, calibration_windows, shared_out
 from whit.cli.progress import progress_bar
-from whit.errors import TextError
 from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.distil import Distilled, Training, distil_gguf
 
 STEPS = 100
-WINDOWS, HELD_OUT = 64, 8  # to train on, to decide on
+WINDOWS = 64  # to train on
 
 
 def command(
@@ -65,19 +63,6 @@ def write(
     with progress_bar("distilling") as progress:
         found = distil_gguf(original, candidate, out, train, held_out, training, force, progress)
     print_distilled(console, found)
-
-
-def shared_out(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows [n, length] to decide on, evenly spread, and the rest to train on.
-
-    Raises TextError when there are too few.
-    """
-    n = min(HELD_OUT, len(ids) // 4)
-    if n == 0:
-        raise TextError(f"{len(ids)} windows are too few to distil on: at least 4 are needed. Give a longer text.")
-    held = torch.zeros(len(ids), dtype=torch.bool)
-    held[torch.linspace(0, len(ids) - 1, n + 2).round().long()[1:-1]] = True
-    return ids[held], ids[~held]
 
 
 def print_distilled(console: Console, found: Distilled) -> None:

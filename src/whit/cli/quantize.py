@@ -13,13 +13,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from whit.checkpoints.atomic import check_target, whole_file
 from whit.checkpoints.imatrix import read_imatrix
-from whit.cli.budget import file_bytes, swept
-from whit.cli.calibration import CALIB_HELP, calibration_for
+from whit.cli.budget import best_file, file_bytes, swept
+from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, shared_out
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
+from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.allocate import Allocator
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
@@ -54,8 +56,15 @@ def command(
     bpw: Annotated[
         float | None, typer.Option(min=0.5, max=32, help="As --fit, in bits per weight of the whole file.")
     ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="The smallest file that loses at most so many nats per token, measured.")
+    ] = None,
+    repair: Annotated[
+        int, typer.Option(min=0, help="With --fit or --bpw: write and measure so many other choices, keep the best.")
+    ] = 0,
     table: Annotated[
-        Path | None, typer.Option(help="With --fit or --bpw: a file of `whit plan --save`, which saves the sweep.")
+        Path | None,
+        typer.Option(help="With --fit, --bpw or --max-kl: a file of `whit plan --save`, for no sweep."),
     ] = None,
     save_recipe: Annotated[Path | None, typer.Option(help="Write the recipe, tensor by tensor, to this JSON file.")] = (
         None
@@ -88,41 +97,45 @@ def command(
     check_rounding(rounding)
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
-    _check_request(recipe, fit, bpw, context, table, pure, settings)
+    _check_request(recipe, fit, bpw, max_kl, context, table, repair, pure, settings)
     opened = open_model(model)
     chosen: Recipe | None = None
+    n_bytes = 0
     if recipe is not None:
         chosen = _recipe(recipe, rounding, pure, settings or ())
+        n_bytes = predicted_bytes(opened, chosen)
     else:
         allocator = Allocator(opened, rounding)
-        n_bytes = file_bytes(opened, allocator, fit, bpw, context)
-        allocator.check(n_bytes)  # before any work
-    calibration: Calibration | None = None
+        n_bytes = allocator.most if max_kl is not None else file_bytes(opened, allocator, fit, bpw, context)
+        allocator.check(n_bytes)
+    check_target(out, min(n_bytes, opened.n_bytes), force)  # before any work
+    calibration, unseen = None, None
     if chosen is None or any(step.needs_moments for step in plan_gguf(opened, chosen).steps):
-        if imatrix:
-            importance = read_imatrix(imatrix)
-            source = f"the importance matrix {imatrix}"
-            calibration = Calibration.on_importance(importance, PRESETS[preset].effort, source)
-        else:
-            calibration = calibration_for(opened, preset, calib, windows)
+        calibration, unseen = _calibration(opened, preset, calib, windows, imatrix, bool(repair) or max_kl is not None)
         console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
     if distil:
         from whit.cli import distil as distilling  # it imports transformers, which takes seconds
 
         held_out, train = distilling.texts(console, opened, calib)
-    if chosen is None:
-        text = None if calibration is None or imatrix else calibration.windows
-        allocation = allocator.fit(swept(opened, allocator, text, table), n_bytes)
-        chosen = allocation.recipe
-        console.print(f"Of {n_bytes:,} bytes {allocation.n_bytes:,} will be used.")
-    if save_recipe:
-        write_recipe(plan_gguf(opened, chosen).recipe, save_recipe)
-    check_target(out, predicted_bytes(opened, chosen), force)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         written = Path(folder) / out.name if distil else out
-        with progress_bar("quantizing") as progress:
-            result = write_gguf(opened, chosen, written, force, progress, calibration)
+        if chosen is None:
+            text = None if calibration is None or imatrix else calibration.windows
+            damages = swept(opened, allocator, text, table)
+            if unseen is not None:
+                result = best_file(console, allocator, damages, n_bytes, max_kl, repair, calibration, unseen, folder)
+                result.path.replace(written)
+                chosen = result.plan.recipe
+            else:
+                chosen = allocator.fit(damages, n_bytes).recipe
+        if unseen is None:
+            with progress_bar("quantizing") as progress:
+                result = write_gguf(opened, chosen, written, force, progress, calibration)
+        if recipe is None and max_kl is None:
+            console.print(f"Of {n_bytes:,} bytes {result.n_bytes:,} are used.")
         print_result(console, replace(result, path=out))
+        if save_recipe:
+            write_recipe(plan_gguf(opened, chosen).recipe, save_recipe)
         if distil:
             distilling.write(console, opened, open_model(written), out, held_out, train, distil, minutes, force)
     if report:
@@ -136,23 +149,44 @@ def command(
     console.print(f"Next: whit eval {out} --against {model}", soft_wrap=True)
 
 
+def _calibration(
+    model: Model, preset: str, calib: str | None, windows: int | None, imatrix: Path | None, measure: bool
+) -> tuple[Calibration, Tensor | None]:
+    """What rounding will look at, and with `measure` some windows of the same kind that it will not see."""
+    if imatrix:
+        if measure:
+            raise RecipeError("--repair and --max-kl measure files on text like that of calibration; leave --imatrix.")
+        source = f"the importance matrix {imatrix}"
+        return Calibration.on_importance(read_imatrix(imatrix), PRESETS[preset].effort, source), None
+    n = windows or PRESETS[preset].windows
+    found = calibration_for(model, preset, calib, n + (HELD_OUT if measure else 0))
+    if not measure:
+        return found, None
+    unseen, seen = shared_out(found.windows)
+    return replace(found, windows=seen), unseen
+
+
 def _check_request(
     recipe: str | None,
     fit: str | None,
     bpw: float | None,
+    max_kl: float | None,
     context: int | None,
     table: Path | None,
+    repair: int,
     pure: bool,
     settings: list[str] | None,
 ) -> None:
     """Raise RecipeError for options that do not go together."""
-    wanted = {"--recipe": recipe, "--fit": fit, "--bpw": bpw}
+    wanted = {"--recipe": recipe, "--fit": fit, "--bpw": bpw, "--max-kl": max_kl}
     if sum(value is not None for value in wanted.values()) != 1:
         raise RecipeError(f"Say what is wanted by exactly one of {', '.join(wanted)}.")
     if context is not None and fit is None:
         raise RecipeError("--context says how much of --fit is not for the file; give both.")
     if table is not None and recipe is not None:
-        raise RecipeError("--table saves the sweep of --fit and --bpw; a recipe needs none.")
+        raise RecipeError("--table saves the sweep of --fit, --bpw and --max-kl; a recipe needs none.")
+    if repair and fit is None and bpw is None:
+        raise RecipeError("--repair looks for better choices within --fit or --bpw; give one of them.")
     if recipe is None and (pure or settings):
         raise RecipeError("--pure and --set change a recipe; save one with --save-recipe and edit it instead.")
 

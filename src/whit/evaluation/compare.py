@@ -96,7 +96,14 @@ def final_states(model: Model, windows: Tensor, progress: Progress | None = None
 def compare_states(
     candidate: FinalStates, reference: FinalStates, windows: Tensor, progress: Progress | None = None
 ) -> Comparison:
-    """Compare two models that have read the same windows [windows, length] int64.
+    """Compare two models that have read the same windows [windows, length] int64. Raises as `token_measures` does."""
+    return summarize(token_measures(candidate, reference, windows, progress))
+
+
+def token_measures(
+    candidate: FinalStates, reference: FinalStates, windows: Tensor, progress: Progress | None = None
+) -> TokenMeasures:
+    """What `compare_states` sums up, token by token.
 
     Raises ModelError when their vocabularies differ, BadWeightsError when logits are not finite.
     """
@@ -116,7 +123,7 @@ def compare_states(
         logits = [_logits(states, chunk) for states in (candidate, reference)]
         parts.append(measure(logits[0], logits[1], targets[chunk]))
         tell(math.floor(n * (index + 1) / n_chunks), n, "comparing")
-    return summarize(joined(parts))
+    return joined(parts)
 
 
 def scored(length: int, shift: int = 0) -> slice:

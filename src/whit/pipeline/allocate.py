@@ -54,6 +54,7 @@ def candidates(view: GGUFView) -> dict[str, tuple[str, ...]]:
 class Allocator:
     """Solves one model's allocations.
 
+    model      as it was given
     n_weights  weights in the file
     least      bytes of the smallest file there is
     most       bytes of the largest
@@ -64,7 +65,7 @@ class Allocator:
 
         grids  the only ones to choose from; a matrix that none of them fits keeps all of its own
         """
-        self._model, self._rounding = model, rounding
+        self.model, self._rounding = model, rounding
         view = model_view(model)
         self._tensors = {tensor.name: tensor for tensor in view.tensors if not tensor.keep_float}
         self.candidates = {
