@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -13,18 +14,22 @@ from whit.models.architecture import GGUFTensor
 from whit.pipeline.plan import Step
 from whit.rounding.nearest import rounding_named, slices
 
+AHEAD = 1 << 24  # weights at most in what is read while something else is rounded
 
-def plain_bytes(step: Step) -> Iterator[Tensor]:
+
+def plain_bytes(step: Step, values: Iterator[Tensor] | None = None) -> Iterator[Tensor]:
     """The bytes of one tensor: one part per expert, each in slices of rows, because GGML's blocks never span rows.
 
+    values  of `read_ahead`, when somebody reads for all tensors
     Raises BadWeightsError for weights that are not finite or that the type cannot hold.
     """
+    values = values or (read() for read, _ in _reads(step))
     if step.stored is not None:
-        yield step.stored()
+        yield next(values)
         return
     rounding = rounding_named(step.rounding)
-    for part in step.tensor.parts:
-        W = part.read()
+    for _ in step.tensor.parts:
+        W = next(values)
         W = W.reshape(-1, W.shape[-1])  # [rows, cols]
         for rows in slices(W):
             check_finite(step.tensor, rows, W)
@@ -32,6 +37,25 @@ def plain_bytes(step: Step) -> Iterator[Tensor]:
                 yield step.kind.pack(rounding(rows.float(), step.kind.grid))
             except OverflowError as error:
                 raise too_large(step, error) from None
+
+
+def read_ahead(steps: Sequence[Step]) -> Iterator[Tensor]:
+    """What `plain_bytes` of every step will ask for, in order; the next is read while the last one is rounded."""
+    reads = [each for step in steps for each in _reads(step)]
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future[Tensor] | None = None
+        for k, (read, _) in enumerate(reads):
+            here = [read() if coming is None else coming.result()]
+            small = k + 1 < len(reads) and reads[k + 1][1] <= AHEAD
+            coming = pool.submit(reads[k + 1][0]) if small else None
+            yield here.pop()  # nothing is held here while it is rounded
+
+
+def _reads(step: Step) -> list[tuple[Callable[[], Tensor], int]]:
+    """How to read the parts of a tensor, and the weights in each."""
+    if step.stored is not None:
+        return [(step.stored, step.tensor.n_weights)]
+    return [(part.read, math.prod(part.shape)) for part in step.tensor.parts]
 
 
 def too_large(step: Step, error: OverflowError) -> BadWeightsError:

@@ -20,7 +20,7 @@ from whit.models.model import Model
 from whit.models.vocabulary import gguf_vocabulary
 from whit.pipeline.effort import Calibration, TensorLoss
 from whit.pipeline.imported import imported_tensors
-from whit.pipeline.plain import plain_bytes
+from whit.pipeline.plain import plain_bytes, read_ahead
 from whit.pipeline.plan import FILE_TYPES, Plan, make_plan
 from whit.pipeline.rounder import Rounder
 from whit.recipes.recipe import Recipe
@@ -155,10 +155,11 @@ def _file_type(plan: Plan) -> int:
 
 def _all_bytes(plan: Plan, progress: Progress | None) -> Iterator[tuple[str, Iterator[Tensor]]]:
     total, done = sum(step.announced.n_bytes for step in plan.steps), 0
+    values = read_ahead(plan.steps)
     for step in plan.steps:
         if progress:
             progress(done, total, step.tensor.name)
-        yield step.tensor.name, plain_bytes(step)
+        yield step.tensor.name, plain_bytes(step, values)
         done += step.announced.n_bytes
     if progress:
         progress(total, total, "done")
