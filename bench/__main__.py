@@ -1,9 +1,33 @@
-"""`make bench`: every measurement, one after the other. Builds the peers on first use; takes about half an hour."""
+"""`make bench`: every measurement, one after the other. Builds the peers on first use; takes about three hours.
+
+Single ones: `python -m bench.NAME`, with the arguments below.
+"""
 
 from __future__ import annotations
 
-from bench import agreement, conversion, picture, quality
+import subprocess
+import sys
 
-for measurement in (conversion, agreement, quality, picture):
-    print(f"\n## {measurement.__name__.removeprefix('bench.')}\n\n{measurement.__doc__}\n", flush=True)
-    measurement.main()
+from bench.peers import WORK
+
+SMALL = str(WORK / "small-512")
+LOW_BITS = ("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
+RECIPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q4_0", "q3_k_m", "q2_k")
+COMMANDS = (
+    ("conversion",),
+    ("agreement",),
+    ("quality",),
+    ("picture",),
+    ("importance", "--preset", "fast", "--runtime", "q4_k_m", "q4_0"),
+    ("small_model", SMALL),
+    ("importance", SMALL, "--preset", "fast", "--runtime", "q4_k_m", "q2_k", "--recipes", *RECIPES, *LOW_BITS),
+    ("depth",),
+    ("ablation", "--recipe", "q4_0"),
+    ("ablation", SMALL, "--recipe", "q2_k"),
+    ("budget", "--runtime", "Q4_K_M", "IQ4_XS"),
+    ("budget", SMALL, "--runtime", "Q4_K_M", "IQ4_XS"),
+)
+
+for command in COMMANDS:
+    print(f"\n## python -m bench.{' '.join(command)}\n", flush=True)
+    subprocess.run([sys.executable, "-m", f"bench.{command[0]}", *command[1:]], check=True)

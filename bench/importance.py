@@ -46,7 +46,7 @@ def main() -> None:
     source = WORK / f"{name}-f32.gguf"
     if not source.exists():
         write_gguf(model, recipe_named("f32"), source)
-    matrix = _importance(source, name, text, len(calibration.windows))
+    matrix = importance_of(source, name, text, len(calibration.windows))
     reference = final_states(model, ids)
     print(f"{name}: {len(ids)} windows of 512 tokens of {default_text().description}; preset {arguments.preset}.\n")
     print(
@@ -84,7 +84,8 @@ def main() -> None:
     (WORK / f"importance-{name}.json").write_text(json.dumps(rows, indent=1))
 
 
-def _importance(source: Path, name: str, text: str, n_windows: int) -> Path:
+def importance_of(source: Path, name: str, text: str, n_windows: int) -> Path:
+    """llama.cpp's importance matrix of a model on the first windows of a text, made when it is not there."""
     matrix, file = WORK / f"{name}-{n_windows}.imatrix", WORK / "calibration.txt"
     if not matrix.exists():
         file.write_text(text)
