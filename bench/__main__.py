@@ -17,7 +17,6 @@ COMMANDS = (
     ("conversion",),
     ("agreement",),
     ("quality",),
-    ("picture",),
     ("importance", "--preset", "fast", "--runtime", "q4_k_m", "q4_0"),
     ("small_model", SMALL),
     ("importance", SMALL, "--preset", "fast", "--runtime", "q4_k_m", "q2_k", "--recipes", *RECIPES, *LOW_BITS),
@@ -25,6 +24,8 @@ COMMANDS = (
     ("ablation", "--recipe", "q4_0"),
     ("ablation", SMALL, "--recipe", "q2_k"),
     ("budget", "--runtime", "Q4_K_M", "IQ4_XS"),
+    ("picture",),
+    ("sizes",),
     ("budget", SMALL, "--runtime", "Q4_K_M", "IQ4_XS"),
 )
 

@@ -43,9 +43,9 @@ def test_gradients_are_those_of_finite_differences(kind: str, tmp_path: Path, mo
         told = (moving.gradient * direction).sum().item()
         ends = []
         for sign in (1, -1):
-            moving.u.copy_(sign * step * direction)
+            moving.own.u.copy_(sign * step * direction)
             ends.append(run._held_out("").mean().item())
-            moving.u.zero_()
+            moving.own.u.zero_()
         found = (ends[0] - ends[1]) / (2 * step)
         assert told == pytest.approx(found, rel=0.1, abs=1e-4), f"{name} {key}"
         checked += 1

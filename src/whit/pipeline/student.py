@@ -13,7 +13,6 @@ Source: arXiv 2407.11062 (EfficientQAT, training of step sizes alone); arXiv 141
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -28,32 +27,57 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12
 FARTHEST = 0.1  # |u|
 REFERENCE_BITS = 4.5  # at which the learning rate is what it is called; it falls with the step of the grid
 STORED = (torch.float16, torch.float32)
+SPANS, ROWS, VECTORS = 1.0, 1.0, 1.0  # rates of blocks' own changes, of whole rows', of norms' and biases'
 WHOLE = "values"  # the parameter of a vector
 
 
-@dataclass
+class _Change:
+    """Relative changes u of one shape, and Adam's two moments of their gradients."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.u, self._first, self._second = (torch.zeros(shape) for _ in range(3))
+
+    def step(self, gradient: Tensor, rate: float, n: int) -> None:
+        """The n-th step."""
+        self._first.lerp_(gradient, 1 - BETAS[0])
+        self._second.lerp_(gradient.square(), 1 - BETAS[1])
+        size = (self._second / (1 - BETAS[1] ** n)).sqrt_().add_(EPSILON)
+        self.u -= rate / (1 - BETAS[0] ** n) * self._first / size
+        self.u.clamp_(-FARTHEST, FARTHEST)
+
+
 class _Moving:
     """One parameter of one tensor.
 
     start     [rows, spans] float32 (or the whole vector)
-    rate      learning rate, relative to that of REFERENCE_BITS
-    u         relative change
     gradient  dL/du, summed
     """
 
-    start: Tensor
-    rate: float
-    u: Tensor = field(init=False)
-    gradient: Tensor = field(init=False)
-    first: Tensor = field(init=False)
-    second: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.u, self.gradient, self.first, self.second = (torch.zeros_like(self.start) for _ in range(4))
+    def __init__(self, start: Tensor, rate: float) -> None:
+        """rate  learning rate, relative to that of REFERENCE_BITS"""
+        self.start, self.gradient = start, torch.zeros_like(start)
+        self._rate = rate
+        self.own = _Change(start.shape)
+        self.row = _Change(start[:, :1].shape) if start.dim() == 2 else None
 
     @property
     def value(self) -> Tensor:
-        return self.start * (1 + self.u)
+        """The parameter as it is now, not rounded."""
+        change = self.own.u if self.row is None else self.own.u + self.row.u
+        return self.start * (1 + change)
+
+    def step(self, rate: float, n: int) -> None:
+        """The n-th step with the gradients noted since the last one."""
+        if self.row is None:
+            self.own.step(self.gradient, rate * self._rate * VECTORS, n)
+        else:
+            self.own.step(self.gradient, rate * self._rate * SPANS, n)
+            self.row.step(self.gradient.sum(1, keepdim=True), rate * self._rate * ROWS, n)
+        self.gradient.zero_()
+
+    def changes(self) -> list[Tensor]:
+        """What `Student.state` copies."""
+        return [self.own.u] if self.row is None else [self.own.u, self.row.u]
 
 
 class Student:
@@ -87,7 +111,7 @@ class Student:
     @property
     def n_moving(self) -> int:
         """How many numbers move."""
-        return sum(each.u.numel() for parameters in self._moving.values() for each in parameters.values())
+        return sum(each.start.numel() for parameters in self._moving.values() for each in parameters.values())
 
     def moves(self, name: str) -> bool:
         """Whether anything in a tensor does."""
@@ -118,24 +142,19 @@ class Student:
     def step(self, rate: float) -> None:
         """One step of Adam with the gradients noted since the last one."""
         self._steps += 1
-        corrections = [1 - beta**self._steps for beta in BETAS]
-        for parameters in self._moving.values():
-            for each in parameters.values():
-                each.first.lerp_(each.gradient, 1 - BETAS[0])
-                each.second.lerp_(each.gradient.square(), 1 - BETAS[1])
-                size = (each.second / corrections[1]).sqrt_().add_(EPSILON)
-                each.u -= rate * each.rate * (each.first / corrections[0]) / size
-                each.u.clamp_(-FARTHEST, FARTHEST)
-                each.gradient.zero_()
+        for _, _, each in self._all():
+            each.step(rate, self._steps)
 
-    def state(self) -> dict[tuple[str, str], Tensor]:
+    def state(self) -> list[Tensor]:
         """A copy of all changes."""
-        return {(name, key): each.u.clone() for name, key, each in self._all()}
+        return [u.clone() for _, _, each in self._all() for u in each.changes()]
 
-    def restore(self, state: dict[tuple[str, str], Tensor]) -> None:
+    def restore(self, state: list[Tensor]) -> None:
         """Back to such a copy."""
-        for name, key, each in self._all():
-            each.u.copy_(state[name, key])
+        held = iter(state)
+        for _, _, each in self._all():
+            for u in each.changes():
+                u.copy_(next(held))
 
     def packed(self) -> Iterator[tuple[str, Tensor]]:
         """Name and flat bytes of every tensor in which something moved."""
