@@ -19,7 +19,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from whit.allocator import return_memory
+from whit.allocator import keep_large_apart, return_memory
 from whit.calibration.moments import Moments
 from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.grids.quantized import QuantizedTensor
@@ -64,6 +64,7 @@ class CalibratedRun:
 
         Raises BadWeightsError for weights or activations that are not finite.
         """
+        keep_large_apart()
         total = self._stream.n_blocks + 1
         self._tell(0, total, "embeddings")
         hidden = self._stream.start(self._calibration.windows)

@@ -1,8 +1,9 @@
 """The tensors of a quantized file under scales that move: decoded, given gradients, written back.
 
 Codes and integer sub-scales stay. What moves are the float scales and minima of every block and the vectors that stay
-float32, norms and biases: value = start * (1 + u), u trained by Adam. A matrix is a sum over its float parameters of
-the parameter times a basis that does not change (Adaptive.bases), so
+float32, norms and biases: value = start * (1 + u), u trained by Adam. A matrix's u is that of the block and that of
+its row: what blocks have in common is learned faster, and less of it is noise. A matrix is a sum over its float
+parameters of the parameter times a basis that does not change (Adaptive.bases), so
 
     dL/dparameter = sum over the block of dL/dW * basis.
 
@@ -27,7 +28,7 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12
 FARTHEST = 0.1  # |u|
 REFERENCE_BITS = 4.5  # at which the learning rate is what it is called; it falls with the step of the grid
 STORED = (torch.float16, torch.float32)
-SPANS, ROWS, VECTORS = 1.0, 1.0, 1.0  # rates of blocks' own changes, of whole rows', of norms' and biases'
+SPANS, ROWS, VECTORS = 0.1, 1.0, 1.0  # rates of blocks' own changes, of whole rows', of norms' and biases'
 WHOLE = "values"  # the parameter of a vector
 
 

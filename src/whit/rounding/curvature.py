@@ -56,25 +56,33 @@ def curvature(H: Tensor, damping: float = DAMPING) -> Curvature:
     if mean <= 0:  # nothing ever arrived here: all weights count the same
         eye = torch.eye(H.shape[0])
         return Curvature(eye, eye, "no input was ever active: plain squared error")
+    backwards = H.flip(0, 1)  # the largest thing there is, three times here at most: H, this, its factor
+    own = backwards.diagonal().clone()
     for factor in LADDER:
-        damped = H.clone()
-        damped.diagonal().add_(damping * factor * mean)
-        R = _upper_factor(damped)
+        backwards.diagonal().copy_(own + damping * factor * mean)
+        R = _backwards_factor(backwards)
         if R is not None:
+            damped = H.float()
+            damped.diagonal().copy_(backwards.diagonal().flip(0))
             note = "" if factor == 1 else f"second moments needed {factor:g} times the usual damping"
-            return Curvature(damped.float(), R.float(), note)
+            return Curvature(damped, R, note)
+    del backwards
     values, vectors = torch.linalg.eigh((H + H.T) / 2)
     clipped = (vectors * values.clamp(min=SMALLEST * mean)) @ vectors.T
-    R = _upper_factor(clipped)
+    R = _backwards_factor(clipped.flip(0, 1))
     if R is not None:
-        return Curvature(clipped.float(), R.float(), "second moments needed their eigenvalues cut")
+        return Curvature(clipped.float(), R, "second moments needed their eigenvalues cut")
     diagonal = H.diagonal().clamp(min=0) + damping * mean
     return Curvature(diagonal.diag().float(), diagonal.sqrt().diag().float(), "only the diagonal of H could be used")
 
 
-def _upper_factor(H: Tensor) -> Tensor | None:
-    """Upper triangular R with R R^T = H: the Cholesky factor of H read backwards; None when H is not definite."""
-    L, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+def _backwards_factor(H: Tensor) -> Tensor | None:
+    """Upper triangular R float32 with R R^T = H: the Cholesky factor of H backwards, read backwards.
+
+    H  with rows and columns backwards
+    None when it is not definite.
+    """
+    L, info = torch.linalg.cholesky_ex(H)
     if info.item() or not torch.isfinite(L).all():
         return None
-    return L.flip(0, 1).contiguous()
+    return L.float().flip(0, 1)
