@@ -10,6 +10,8 @@ from bench.measure import run
 from bench.peers import WORK, llama_cpp
 from whit.calibration.text import default_text
 
+TRIES = 8
+
 
 class Runtime:
     """The tool on the held-out text.
@@ -28,7 +30,10 @@ class Runtime:
 
     def of(self, path: Path) -> dict[str, str]:
         """Perplexity, mean KL and the share of equal top tokens (percent) of a file, as the tool prints them."""
-        output = self._run(path, "--kl-divergence")
+        for _ in range(TRIES):  # now and then the tool ends before the thread that prints has printed everything
+            output = self._run(path, "--kl-divergence")
+            if "Same top p" in output:
+                break
         return {
             "perplexity": _found(r"Mean PPL\(Q\) *: *([\d.]+)", output),
             "kl": _found(r"Mean +KLD: *([\d.]+)", output),
