@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from bench.measure import run
 from bench.peers import WORK, llama_cpp
 from whit.calibration.text import default_text
 
-TRIES = 8
+TRIES = 20
 
 
 class Runtime:
@@ -46,7 +47,10 @@ class Runtime:
 
     def _run(self, path: Path, *options: str) -> str:
         common: tuple[Any, ...] = ("-f", self.text, "-c", "512", "-b", "512", "--chunks", self._windows, "-t", "2")
-        return run(self._tool, "-m", path, *common, "--kl-divergence-base", self._logits, *options).output
+        command = [self._tool, "-m", path, *common, "--kl-divergence-base", self._logits, *options]
+        printed = WORK / f"{self._logits.stem}.printed"  # into a file, which does not let the printing thread wait
+        run("sh", "-c", f"{shlex.join(map(str, command))} > {shlex.quote(str(printed))} 2>&1")
+        return printed.read_text(errors="replace")
 
 
 def _found(pattern: str, text: str) -> str:
