@@ -29,8 +29,8 @@ class Preset:
 
 PRESETS = {
     "fast": Preset(8, "docs", 0.0, Effort(sweeps=1)),
-    "balanced": Preset(48, "mixed", 0.5, Effort(sweeps=3)),
-    "best": Preset(160, "mixed", 0.5, Effort(sweeps=8)),
+    "balanced": Preset(48, "mixed", 0.0, Effort(sweeps=3)),
+    "best": Preset(160, "mixed", 0.0, Effort(sweeps=8)),
 }
 DEFAULT_PRESET = "balanced"
 

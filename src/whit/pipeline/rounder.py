@@ -75,7 +75,7 @@ class Rounder:
         """strength  how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all."""
         self._effort, self._strength = effort, strength
         self._curved: dict[Moments, Curvature] = {}  # by identity
-        self._shifts: dict[Moments, Tensor] = {}
+        self._shifts: dict[tuple[int, int], tuple[Moments, Tensor | None, Tensor]] = {}  # by identity
         self._scaled: dict[tuple[int, int], tuple[Curvature, Tensor, Curvature]] = {}  # by identity of the first two
         self.losses: list[TensorLoss] = []
 
@@ -110,7 +110,7 @@ class Rounder:
             c = self.curvature_of(moments)
             note = "; ".join(each for each in (moments.note, c.note) if each)
             if moments.C is not None and self._strength:
-                shift = self._shift(moments, moments.C)
+                shift = self._shift(moments, moments.C, task.factors)
         if task.factors is not None:
             c = self._rescaled(c, task.factors)
         return _Matrix([_Piece(task.step, rows, c, shift, task.factors) for rows in W.split(ROWS)], moments, note)
@@ -131,10 +131,10 @@ class Rounder:
     def _one(self, piece: _Piece) -> dict[str, Tensor]:
         """Codes and parameters of the rows, the loss of each, and that of plain rounding."""
         W, c, grid = piece.W, piece.c, cast(Adaptive, piece.step.kind.grid)
-        if piece.shift is not None:
-            W = torch.addmm(W, W, piece.shift, alpha=self._strength)
         if piece.factors is not None:
             W = W * piece.factors
+        if piece.shift is not None:
+            W = torch.addmm(W, W, piece.shift, alpha=self._strength)
         try:
             found, plain = rounded(piece.step.rounding, W, grid, c, self._effort)
         except OverflowError as error:
@@ -155,11 +155,18 @@ class Rounder:
             self._scaled[key] = c, factors, c.rescaled(factors, self._effort.damping)
         return self._scaled[key][2]
 
-    def _shift(self, moments: Moments, C: Tensor) -> Tensor:
-        """As above."""
-        if moments not in self._shifts:
-            self._shifts[moments] = target_shift(moments.H, C, self._effort.damping)
-        return self._shifts[moments]
+    def _shift(self, moments: Moments, C: Tensor, factors: Tensor | None) -> Tensor:
+        """As above. Damped in the scale of the factors, as the curvature is: what a column of small weights is moved by
+        would otherwise be nothing to the loss, and large beside its neighbours once it is rescaled.
+        """
+        key = id(moments), id(factors)
+        if key not in self._shifts:
+            H = moments.H
+            if factors is not None:
+                t = factors.double()
+                H, C = H / t[:, None] / t, C / t[:, None] / t
+            self._shifts[key] = moments, factors, target_shift(H, C, self._effort.damping)
+        return self._shifts[key][2]
 
 
 def _matrices(step: Step) -> Iterator[Tensor]:
