@@ -47,7 +47,7 @@ class Calibration:
     """
 
     windows: Tensor
-    strength: float = 0.5
+    strength: float = 0.0
     effort: Effort = field(default_factory=Effort)
     source: str = ""
     importance: ImportanceMatrix | None = None
