@@ -95,3 +95,9 @@ def test_what_is_better_in_both_is_always_taken() -> None:
 
 def test_nothing_to_choose() -> None:
     assert solve([], 10).chosen == ()
+
+
+def test_damages_that_are_nearly_nothing() -> None:
+    items = [[Choice("c", 13, 0.0)], [Choice("c", 13, 0.0)], [Choice("c", 13, 2.8e-59), Choice("c", 14, 0.0)]]
+    assert solve(items, 39).damage == 2.8e-59
+    assert solve(items, 40).damage == 0.0

@@ -143,7 +143,8 @@ def _combined(
     bytes_: list[np.ndarray], damage: list[np.ndarray], price: float, budget: int, bound: float, best: float
 ) -> list[int] | None:
     """The best of all combinations that the bound does not rule out; None when none beats `best`."""
-    slack = (best - bound) * (1 + 1e-9) + 1e-12 * abs(best)
+    # What sums of this size are rounded by must not rule anything out.
+    slack = max(best - bound, 0.0) * (1 + 1e-9) + 1e-12 * (abs(best) + price * budget)
     over = [d + price * b - (d + price * b).min() for b, d in zip(bytes_, damage, strict=True)]  # above the cheapest
     kept = [np.flatnonzero(each <= slack) for each in over]
     order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))
