@@ -26,6 +26,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from whit.checkpoints.safetensors import DTYPES
 from whit.checkpoints.source import TensorInfo
 from whit.models.architecture import GGUFView
 
@@ -177,7 +178,7 @@ class MemorySource:
         return self._tensors[name].clone()
 
 
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def _draw(shape: torch.Size, centre: float, generator: torch.Generator) -> torch.Tensor:

@@ -162,11 +162,6 @@ def test_an_impossible_configuration_is_refused(llama: Model) -> None:
         load_module(replace(llama, config={**llama.config, "hidden_size": "many"}))
 
 
-def test_an_already_quantized_folder_is_refused(llama: Model) -> None:
-    with pytest.raises(ModelError, match=r"already quantized \(gptq\)"):
-        load_module(replace(llama, config={**llama.config, "quantization_config": {"quant_method": "gptq"}}))
-
-
 def test_code_and_kernels_named_in_a_configuration_are_ignored(llama: Model) -> None:
     named = {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "attn_implementation": "evil/kernel"}
     module = load_module(replace(llama, config={**llama.config, **named, "_attn_implementation": "evil/kernel"}))

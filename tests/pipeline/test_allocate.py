@@ -9,11 +9,13 @@ import pytest
 from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.errors import RecipeError
-from whit.grids.named import GRIDS
+from whit.grids.named import grid_named
 from whit.models.model import Model
 from whit.models.open import open_model
-from whit.pipeline.allocate import BLOCKS, SUPERBLOCKS, Allocator
+from whit.pipeline.allocate import Allocator
+from whit.pipeline.folder import FolderJob
 from whit.pipeline.quantize import write_gguf
+from whit.pipeline.targets import BLOCKS, SUPERBLOCKS
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def model(tmp_path: Path) -> Model:
 def damages(allocator: Allocator) -> dict[str, dict[str, float]]:
     """Some that fall with the bits, at another pace for every tensor."""
     return {
-        name: {grid: (1 + i % 5) * 4.0 ** -GRIDS[grid].bits_per_weight(256) for grid in grids}
+        name: {grid: (1 + i % 5) * 4.0 ** -grid_named(grid).bits_per_weight(256) for grid in grids}
         for i, (name, grids) in enumerate(allocator.candidates.items())
     }
 
@@ -76,3 +78,26 @@ def test_only_the_grids_that_were_asked_for(model: Model) -> None:
     found = Allocator(model, grids=("q8_0", "q4_k")).candidates
     assert found["blk.0.ffn_down.weight"] == ("q4_k", "q8_0")
     assert found["blk.0.ffn_up.weight"] == ("q8_0",)
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "whit"])
+def test_folders_have_the_predicted_bytes_and_layers_that_run_as_one_agree(
+    model: Model, tmp_path: Path, layout: str
+) -> None:
+    allocator = Allocator(model, rounding="nearest", layout=layout)
+    table, last = damages(allocator), float("inf")
+    for i in range(6):
+        budget = allocator.least + (allocator.most - allocator.least) * i // 5
+        found = allocator.fit(table, budget)
+        result = FolderJob(model, found.recipe).write(tmp_path / "out", overwrite=True)
+        written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+        assert found.n_bytes == result.n_bytes == written <= budget
+        assert found.damage <= last
+        last = found.damage
+        grids = allocator.grids(found)
+        if layout != "whit":
+            for block in range(2):
+                for family in (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")):
+                    assert len({grids[f"blk.{block}.{name}.weight"] for name in family}) == 1
+    with pytest.raises(RecipeError, match="16-bit floats"):
+        allocator.check(allocator.least - 1)

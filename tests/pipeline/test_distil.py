@@ -14,9 +14,12 @@ from whit.errors import ModelError
 from whit.layouts.ggml import GGML_TYPES
 from whit.models.open import open_model
 from whit.pipeline import distil
-from whit.pipeline.distil import Training, distil_gguf
+from whit.pipeline.distil import Training, distil_folder, distil_gguf
+from whit.pipeline.folder import FolderJob
 from whit.pipeline.quantize import write_gguf
+from whit.pipeline.stored import stored_of
 from whit.pipeline.student import WHOLE
+from whit.recipes.folders import folder_recipe
 from whit.recipes.named import recipe_named
 
 WINDOWS = torch.tensor([random_tokens(64, seed) for seed in range(12)])
@@ -120,6 +123,52 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
     original, _ = saved("llama", tmp_path)
-    with pytest.raises(ModelError, match="only the scales of a GGUF file"):
+    with pytest.raises(ModelError, match="only the scales of a quantized file"):
         distil_gguf(open_model(original), open_model(original), tmp_path / "b.gguf", TRAIN, HELD_OUT)
     assert not (tmp_path / "b.gguf").exists()
+
+
+@pytest.mark.parametrize("recipe", ["f16", "bf16"])
+def test_floats_of_sixteen_bits_stay_as_they_are(recipe: str, tmp_path: Path) -> None:
+    original, file = saved("llama", tmp_path, recipe)
+    found = distil_gguf(open_model(original), open_model(file), tmp_path / "b.gguf", TRAIN, HELD_OUT, Training(1))
+    assert found.before >= 0
+
+
+def test_a_file_of_another_model_is_refused_by_its_header(tmp_path: Path) -> None:
+    _, file = saved("llama", tmp_path)
+    save_tiny("gpt2", tmp_path / "other", vocab_size=TOY_VOCAB)
+    with pytest.raises(ModelError, match="is not of"):
+        distil_gguf(open_model(tmp_path / "other"), open_model(file), tmp_path / "b.gguf", TRAIN, HELD_OUT)
+
+
+@pytest.mark.parametrize("kind", ["gptq-4bit-g32", "awq-4bit-g32", "w3a16-g32", "whit-int3-g64"])
+def test_folders_keep_their_format_their_codes_and_their_size(kind: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model", vocab_size=TOY_VOCAB)
+    save_toy_tokenizer("llama", tmp_path / "model")
+    recipe = folder_recipe(kind)
+    assert recipe is not None
+    FolderJob(open_model(tmp_path / "model"), recipe).write(tmp_path / "a")
+    original, before = open_model(tmp_path / "model"), open_model(tmp_path / "a")
+    found = distil_folder(original, before, tmp_path / "b", TRAIN, HELD_OUT, Training(steps=40, batch=4))
+    assert found.steps > 0
+    assert found.after < found.before
+    after = open_model(tmp_path / "b")
+    assert after.quantization == before.quantization
+    assert after.n_bytes == before.n_bytes
+    one, other, moved = stored_of(before), stored_of(after), 0
+    for name in one.names():
+        for A, B in zip(one.matrices(name) or (), other.matrices(name) or (), strict=True):
+            assert A.grid == B.grid
+            assert torch.equal(A.codes, B.codes)
+            moved += not torch.equal(A.params["scale"], B.params["scale"])
+    assert moved > 5
+
+
+def test_quantized_activations_are_not_followed(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model", vocab_size=TOY_VOCAB)
+    recipe = folder_recipe("w8a8")
+    assert recipe is not None
+    FolderJob(open_model(tmp_path / "model"), recipe).write(tmp_path / "a")
+    with pytest.raises(ModelError, match="activations are quantized too"):
+        distil_folder(open_model(tmp_path / "model"), open_model(tmp_path / "a"), tmp_path / "b", TRAIN, HELD_OUT)

@@ -12,7 +12,6 @@ from llamacpp import llama_cpp_logits
 from tiny import random_tokens, save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.checkpoints.gguf import GGUFFile
-from whit.layouts.ggml import GGML_TYPES
 from whit.models.open import open_model
 from whit.models.skeleton import load_module
 from whit.models.tokenizer import load_tokenizer
@@ -104,7 +103,7 @@ def test_rows_that_no_block_divides_are_listed_and_kept_in_float16(tmp_path: Pat
     save_tiny("llama", tmp_path / "odd", intermediate_size=100, vocab_size=TOY_VOCAB)
     save_toy_tokenizer("llama", tmp_path / "odd")
     result = write_gguf(open_model(tmp_path / "odd"), recipe_named("q4_0"), tmp_path / "a.gguf")
-    odd = [step for step in result.plan.exceptions if step.kind is GGML_TYPES["F16"]]
+    odd = [step for step in result.plan.exceptions if step.type == "F16"]
     assert {step.tensor.name for step in odd} == {f"blk.{i}.ffn_down.weight" for i in range(2)}
     assert all("rows of 100 weights do not divide into Q4_0 blocks of 32" in step.exception for step in odd)
 
@@ -112,7 +111,7 @@ def test_rows_that_no_block_divides_are_listed_and_kept_in_float16(tmp_path: Pat
 def test_every_exception_has_a_reason(llama: Path, tmp_path: Path) -> None:
     result = write_gguf(open_model(llama), recipe_named("q4_0"), tmp_path / "a.gguf")
     for step in result.plan.steps:
-        by_rule = step.kind.name == "Q4_0"
+        by_rule = step.type == "Q4_0"
         assert by_rule != bool(step.exception)
 
 

@@ -29,8 +29,13 @@ class Moments:
     note      what was unusual about them, else empty
     """
 
-    def __init__(self, cols: int, shifted: bool = False) -> None:
-        """cols  inputs of the layer; shifted  whether `add` is also given the original model's inputs."""
+    def __init__(self, cols: int, shifted: bool = False, kept: int = 0) -> None:
+        """For `cols` inputs.
+
+        shifted  whether `add` is also given the original model's inputs
+        kept     tokens of every batch to keep as they are
+        """
+        self._kept, self._tokens = kept, list[Tensor]()
         self.n_tokens, self.n_lost, self.note = 0, 0, ""
         self._backing = 0.0  # tokens that were not counted here but stand behind the sum
         self._sum = torch.zeros(cols, cols, dtype=torch.float64)
@@ -62,6 +67,9 @@ class Moments:
             self.n_lost += int((~finite).sum())
             x, original = x[finite], None if original is None else original[finite]
         self.n_tokens += x.shape[0]
+        if self._kept and x.shape[0]:
+            some = torch.linspace(0, x.shape[0] - 1, min(self._kept, x.shape[0])).round().long()
+            self._tokens.append(x[some])
         self._sum += x.T @ x
         if self._shift is not None and original is not None:
             self._shift += (original.float() - x).T @ x
@@ -70,6 +78,11 @@ class Moments:
     def H(self) -> Tensor:
         """[cols, cols] float64, mean of x x^T."""
         return self._sum / max(1, self.n_tokens + self._backing)
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """[n, cols] float32, the inputs that were kept, or None."""
+        return torch.cat(self._tokens) if self._tokens else None
 
     @property
     def is_empty(self) -> bool:

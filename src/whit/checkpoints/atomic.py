@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name, synced, then renamed."""
+"""Files and folders that appear whole or not at all: written under a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def whole_file(path: Path, n_bytes: int, overwrite: bool) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(_explain(path, n_bytes, error)) from error
@@ -40,12 +40,66 @@ def whole_file(path: Path, n_bytes: int, overwrite: bool) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def whole_folder(path: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
+    """A folder to write `n_bytes` of files into; it takes its name only when the block ends without an error.
+
+    Raises OutputError as `whole_file` does; with `overwrite` a folder is replaced that holds a model or nothing, never
+    one of another kind. On any exception the temporary folder is removed and an older one stays as it was.
+    """
+    check_folder(path, n_bytes, overwrite)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        moved(partial, path, overwrite)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(_explain(path, n_bytes, error)) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def moved(source: Path, path: Path, overwrite: bool) -> None:
+    """Give a complete file or folder its name; an older one goes only when the new one can take its place."""
+    if overwrite and path.is_dir():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.replace(old)
+        source.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        source.replace(path)
+    _sync(path.parent)
+
+
+def check_folder(path: Path, n_bytes: int, overwrite: bool) -> None:
+    """Raise OutputError, before any work, when `whole_folder` would."""
+    if path.is_file():
+        raise OutputError(f"{path}: is a file. This format is a folder; give another name.")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{path}: exists already. Choose another name, or add --force to replace it.")
+        if not (path / "config.json").is_file():
+            raise OutputError(f"{path}: holds other things than a model and is not replaced. Choose another folder.")
+    _check_place(path, n_bytes)
+
+
 def check_target(path: Path, n_bytes: int, overwrite: bool) -> None:
     """Raise OutputError, before any work, when `whole_file` would."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder. Give a file name.")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already. Choose another name, or add --force to replace it.")
+    _check_place(path, n_bytes)
+
+
+def _check_place(path: Path, n_bytes: int) -> None:
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent}: no such folder. Create it, or choose another place for {path.name}.")
     if not os.access(path.parent, os.W_OK):
@@ -67,8 +121,8 @@ def _explain(path: Path, n_bytes: int, error: OSError) -> str:
     return f"{path}: cannot be written ({error.strerror or error})."
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

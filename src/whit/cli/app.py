@@ -8,6 +8,7 @@ the user can solve, 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -23,10 +24,12 @@ INTERRUPTED = 130
 # verb -> (module, one line for the overview)
 VERBS = {
     "demo": ("whit.cli.demo", "Quantize a real model, measure what was lost, and run it."),
-    "quantize": ("whit.cli.quantize", "Make a model smaller: write a GGUF file by a recipe."),
+    "quantize": ("whit.cli.quantize", "Make a model smaller, for llama.cpp, vLLM or transformers."),
     "plan": ("whit.cli.plan", "Predict what a model loses at every size."),
     "frontier": ("whit.cli.frontier", "Write and measure files of several sizes."),
     "distil": ("whit.cli.distil", "Improve the scales and norms of a quantized file."),
+    "convert": ("whit.cli.convert", "Write another file format, exactly where grids agree."),
+    "lint": ("whit.cli.lint", "Say which runtimes load a file, and what stops the others."),
     "imatrix": ("whit.cli.imatrix", "Write the importance matrix of a model."),
     "eval": ("whit.cli.eval", "Measure what a file lost against the original."),
     "run": ("whit.cli.run", "Let a GGUF file answer a prompt."),
@@ -85,7 +88,14 @@ def main_options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command."""
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal cleans up as Ctrl-C does
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from whit.pipeline.quantize import Result
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(r"(\d[\d_]*\.?\d*|\.\d+)\s*([a-z]*)", re.IGNORECASE)
+MOST_BYTES = 2**60
 SWEPT = 8  # windows of the sensitivity sweep
 
 
@@ -32,7 +34,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].lower() not in UNITS:
         raise RecipeError(f"{text!r} is not a size. Write it like 95MB, 4GB, 3.5GiB or 95000000.")
-    return int(float(match[1].replace("_", "")) * UNITS[match[2].lower()])
+    size = float(match[1].replace("_", "")) * UNITS[match[2].lower()]
+    if size > MOST_BYTES:
+        raise RecipeError(f"{text!r} is more than any disk holds. Write it like 95MB, 4GB, 3.5GiB or 95000000.")
+    return int(size)
 
 
 def file_bytes(model: Model, allocator: Allocator, fit: str | None, bpw: float | None, context: int | None) -> int:
@@ -147,10 +152,11 @@ def read_damages(path: Path, allocator: Allocator) -> Damages:
     try:
         found: Any = json.loads(path.read_text())["nats_per_token"]
         complete = all(set(grids) <= set(found[name]) for name, grids in allocator.candidates.items())
-        numbers = all(float(each) >= 0 for grids in found.values() for each in grids.values())
+        given = [each for grids in found.values() for each in grids.values()]
+        numbers = all(type(each) in (int, float) and 0 <= each < math.inf for each in given)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         complete = numbers = False
     if not (complete and numbers):
         raise RecipeError(f"{path}: not what `whit plan --save` writes for this model. Run it again.")

@@ -26,32 +26,34 @@ CALIB_HELP = (
 
 
 def calibration_windows(
-    model: Model, n_windows: int, calib: str = DOCUMENTATION, most: int | None = None
+    model: Model, n_windows: int, calib: str = DOCUMENTATION, most: int | None = None, fresh: bool = False
 ) -> tuple[Tensor, str]:
     """Token ids [n, length] int64 and what they are.
 
     calib  as in CALIB_HELP
     most   tokens per window at most; the model's context is a limit too
+    fresh  from the end of the text, and sampled with another seed: not what is read without it, if the text is long
     Raises TextError when the text cannot be had or is too short for one window.
     """
     length = min(most or WINDOW, longest(model))
     if calib == MIXED:
         n_sampled = n_windows // 2
-        first, source = calibration_windows(model, n_windows - n_sampled, DOCUMENTATION, most)
+        first, source = calibration_windows(model, n_windows - n_sampled, DOCUMENTATION, most, fresh)
         if not n_sampled:
             return first, source
-        second, other = calibration_windows(model, n_sampled, SAMPLED, most)
+        second, other = calibration_windows(model, n_sampled, SAMPLED, most, fresh)
         return torch.cat([first, second]), f"{source}, and {other}"
     if calib == SAMPLED:
         from whit.models.sampling import sampled_windows  # it imports transformers, which takes seconds
 
         with progress_bar("sampling") as progress:
-            ids = sampled_windows(model, n_windows, length, progress=progress)
+            ids = sampled_windows(model, n_windows, length, int(fresh), progress)
         return ids, f"{n_windows} windows of {length} tokens sampled from the model itself"
     from whit.models.tokenizer import load_tokenizer
 
     text = _text(calib)
-    ids = cut(load_tokenizer(model).encode(text.content), length, n_windows)
+    ids = cut(load_tokenizer(model).encode(text.content), length)
+    ids = ids[-n_windows:] if fresh else ids[:n_windows]
     short = f" (the text has no more; {n_windows} were wanted)" if len(ids) < n_windows else ""
     return ids, f"{len(ids)} windows of {length} tokens{short}: {text.description}"
 
@@ -70,7 +72,9 @@ def shared_out(ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     n = min(HELD_OUT, len(ids) // 4)
     if n == 0:
-        raise TextError(f"{len(ids)} windows are too few to distil on: at least 4 are needed. Give a longer text.")
+        raise TextError(
+            f"{len(ids)} windows are too few to keep some apart: at least 4 are needed. Give a longer text."
+        )
     held = torch.zeros(len(ids), dtype=torch.bool)
     held[torch.linspace(0, len(ids) - 1, n + 2).round().long()[1:-1]] = True
     return ids[held], ids[~held]

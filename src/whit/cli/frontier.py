@@ -10,16 +10,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from whit.calibration.text import default_text, read_text, windows
+from whit.calibration.text import WINDOW, default_text, read_text, windows
 from whit.checkpoints.atomic import check_target, whole_file
-from whit.cli.budget import frontier_sizes, swept
-from whit.cli.calibration import CALIB_HELP, calibration_for
+from whit.cli.budget import frontier_sizes, read_damages, swept
+from whit.cli.calibration import CALIB_HELP, calibration_for, longest
 from whit.cli.eval import DEFAULT_WINDOWS, bits_per_weight
 from whit.cli.progress import progress_bar
 from whit.errors import OutputError, RecipeError
 from whit.evaluation.compare import compare_states, final_states
-from whit.evaluation.frontier import Point, draw
+from whit.evaluation.frontier import Point, draw, drawing
 from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.allocate import Allocator
@@ -51,25 +52,32 @@ def command(
     console = Console(highlight=False, markup=False)
     opened = open_model(model)
     others = [(path, open_model(path)) for path in compare or ()]  # what cannot be read says so first
+    content = (default_text() if text is None else read_text(text)).content
+    length = min([WINDOW, longest(opened), *(longest(each) for _, each in others)])
+    ids = windows(load_tokenizer(opened).encode(content), length, windows_)
+    drawing()  # without its library nothing should be written
+    allocator = Allocator(opened)
+    sizes = list(dict.fromkeys(frontier_sizes(allocator, points)))
+    read = None if table is None else read_damages(table, allocator)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: cannot be made ({error.strerror}). Choose another folder.") from None
-    allocator = Allocator(opened)
-    sizes = frontier_sizes(allocator, points)
     name = Path(model).name.removesuffix(".gguf")
-    paths = [out / f"{name}-{8 * n_bytes / allocator.n_weights:.2f}bits.gguf" for n_bytes in sizes]
-    for path, n_bytes in zip(paths, sizes, strict=True):
+    named = {out / f"{name}-{8 * n_bytes / allocator.n_weights:.2f}bits.gguf": n_bytes for n_bytes in sizes}
+    paths, sizes = list(named), list(named.values())
+    for path, n_bytes in named.items():
         check_target(path, n_bytes, force)
+    check_target(out / "frontier.json", 0, force)
     calibration = calibration_for(opened, preset, calib)
-    damages = swept(opened, allocator, calibration.windows, table)
+    damages = read or swept(opened, allocator, calibration.windows, None)
     files = []
     for path, n_bytes in zip(paths, sizes, strict=True):
         with progress_bar(path.name) as progress:
             write_gguf(opened, allocator.fit(damages, n_bytes).recipe, path, force, progress, calibration)
         files.append((OURS, path))
     files += [("others", path) for path, _ in others]
-    measured = _measured(model, files, text, windows_)
+    measured = _measured(model, files, ids)
     figures = [{"by": each.by, "file": each.name, "bytes": each.n_bytes, **asdict(each.result)} for each in measured]
     raw = jsonlib.dumps(figures, indent=1).encode()
     with whole_file(out / "frontier.json", len(raw), overwrite=True) as file:
@@ -79,11 +87,8 @@ def command(
     console.print(f"Written: {', '.join(map(str, [out / 'frontier.json', *drawn]))}", soft_wrap=True)
 
 
-def _measured(model: str, files: list[tuple[str, Path]], text: Path | None, n_windows: int) -> list[Point]:
-    reference = open_model(model)
-    content = (default_text() if text is None else read_text(text)).content
-    ids = windows(load_tokenizer(reference).encode(content), limit=n_windows)
-    found = []
+def _measured(model: str, files: list[tuple[str, Path]], ids: Tensor) -> list[Point]:
+    reference, found = open_model(model), []
     with progress_bar("measuring") as progress:
         states = final_states(reference, ids)
         for done, (by, path) in enumerate(files):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from whit.checkpoints.folder import open_folder, read_config
 from whit.checkpoints.gguf import GGUFFile
+from whit.checkpoints.quantized import CONFIG, QuantizedTensors
 from whit.checkpoints.safetensors import SafetensorsFile
 from whit.checkpoints.source import TensorInfo, TensorSource
 from whit.errors import ModelError
@@ -47,7 +49,11 @@ def _open(text: str) -> tuple[Mapping[str, Any], TensorSource, int]:
     path = packaged_smollm2() if text == SMOLLM2 else Path(text).expanduser()
     if path.is_dir():
         tensors, n_bytes = open_folder(path)
-        return read_config(path), tensors, n_bytes
+        config = read_config(path)
+        if isinstance(config.get(CONFIG), dict):
+            with suppress(ModelError):  # of a kind that is not read: the stored tensors are shown
+                return config, QuantizedTensors(tensors, config[CONFIG]), n_bytes
+        return config, tensors, n_bytes
     if path.suffix == ".safetensors":
         return {}, SafetensorsFile(path), path.stat().st_size
     if not path.exists():

@@ -47,6 +47,7 @@ DEFAULT_CONTEXT = 8192
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 RUN_WITH = ("float16", "q8_0", "q4_0")
 # Grids that differ only in how many weights share a scale fill a table of their own.
+SCHEMES = ("", "-asym", "-g128", "-g128-asym", "-g64", "-g64-asym")  # in the table; --json has all
 _INTEGER = re.compile(r"int(\d)(.*)")
 _LORA_BASES: tuple[float, ...] = (16.0, 4.5)
 _PARTS = ("weights", "optimizer", "gradients", "activations")
@@ -328,7 +329,7 @@ def _integer_table(forecast: Forecast, units: Units) -> Table:
     cells: dict[str, dict[str, float]] = {}
     schemes: dict[str, None] = {}
     for name, bits in forecast.grids.items():
-        if match := _INTEGER.fullmatch(name):
+        if (match := _INTEGER.fullmatch(name)) and match[2] in SCHEMES:
             width, scheme = match.groups()
             cells.setdefault(width, {})[scheme] = bits
             schemes[scheme] = None

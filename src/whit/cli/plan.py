@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from whit.checkpoints.atomic import check_target
 from whit.cli.budget import check_damages, frontier_sizes, swept, write_damages
 from whit.cli.calibration import CALIB_HELP, calibration_windows
 from whit.cli.progress import progress_bar
@@ -37,6 +38,8 @@ def command(
 ) -> None:
     """Predict what a model loses at every size, so that you can choose one."""
     opened = open_model(model)
+    if save:
+        check_target(save, 0, overwrite=True)  # before any work
     allocator = Allocator(opened)
     ids = None
     if table is None or check:

@@ -15,24 +15,28 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from whit.checkpoints.atomic import check_target, whole_file
+from whit.checkpoints.atomic import check_folder, check_target, moved, whole_file
 from whit.checkpoints.imatrix import read_imatrix
-from whit.cli.budget import best_file, file_bytes, swept
+from whit.cli.budget import best_file, file_bytes, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, shared_out
 from whit.cli.progress import progress_bar
-from whit.errors import RecipeError
+from whit.errors import OutputError, RecipeError
 from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.allocate import Allocator
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
+from whit.pipeline.folder import plan_model, write_model
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
-from whit.pipeline.quantize import Result, plan_gguf, predicted_bytes, write_gguf
+from whit.pipeline.quantize import Result
+from whit.pipeline.targets import GGUF, INTEGERS
 from whit.recipes.files import read_recipe, write_recipe
+from whit.recipes.folders import EXAMPLES, folder_recipe
 from whit.recipes.named import RECIPES, recipe_named
 from whit.recipes.recipe import Recipe
 from whit.rounding.methods import METHODS, check_rounding
 from whit.rounding.nearest import ROUNDINGS
 
+LAYOUTS = (GGUF, *INTEGERS)
 N_WORST = 3  # tensors named after a run
 CALIB_DEFAULTS = ", ".join(f"`{preset.text}` for {name}" for name, preset in PRESETS.items())
 ROUNDING_HELP = (
@@ -43,13 +47,16 @@ ROUNDING_HELP = (
 
 def command(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a built-in name (smollm2-135m).")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file to write; a folder for recipes of GPUs.")],
     recipe: Annotated[
-        str | None, typer.Option(help=f"One of: {', '.join(RECIPES)}; or a file of --save-recipe.")
+        str | None, typer.Option(help=f"One of: {', '.join([*RECIPES, *EXAMPLES])}; or a file of --save-recipe.")
     ] = None,
     fit: Annotated[
         str | None, typer.Option(help="Instead of a recipe: the best file of at most this size, such as 95MB or 4GiB.")
     ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help=f"With --fit, --bpw or --max-kl: one of {', '.join(LAYOUTS)}.")
+    ] = GGUF,
     context: Annotated[
         int | None, typer.Option(min=1, help="With --fit: room for this many tokens of context must be left.")
     ] = None,
@@ -92,25 +99,35 @@ def command(
     report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Make a model smaller: write a GGUF file by a recipe."""
+    """Make a model smaller: write a GGUF file, or a folder for vLLM and transformers, by a recipe."""
     console = Console(highlight=False, markup=False)
     check_rounding(rounding)
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
-    _check_request(recipe, fit, bpw, max_kl, context, table, repair, pure, settings)
+    _check_request(recipe, fit, bpw, max_kl, context, table, repair, pure, settings, format_, distil, minutes)
     opened = open_model(model)
     chosen: Recipe | None = None
-    n_bytes = 0
+    plan: Plan | None = None
     if recipe is not None:
         chosen = _recipe(recipe, rounding, pure, settings or ())
-        n_bytes = predicted_bytes(opened, chosen)
+        plan, n_bytes = plan_model(opened, chosen)
+        layout = chosen.layout
     else:
-        allocator = Allocator(opened, rounding)
+        layout = format_
+        allocator = Allocator(opened, rounding, layout=layout)
         n_bytes = allocator.most if max_kl is not None else file_bytes(opened, allocator, fit, bpw, context)
         allocator.check(n_bytes)
-    check_target(out, min(n_bytes, opened.n_bytes), force)  # before any work
+    if layout != GGUF and imatrix:
+        raise RecipeError("--imatrix is for GGUF files; folders for GPUs are rounded on text.")
+    if distil and chosen is not None and chosen.activations:
+        raise RecipeError(f"--distil does not follow activations that are quantized too, as {chosen.name} does.")
+    check = check_target if layout == GGUF else check_folder
+    check(out, min(n_bytes, opened.n_bytes), force)  # before any work
+    check_beside(out, save_recipe, report)
+    if table is not None and recipe is None:
+        read_damages(table, allocator)
     calibration, unseen = None, None
-    if chosen is None or any(step.needs_moments for step in plan_gguf(opened, chosen).steps):
+    if plan is None or any(step.needs_moments for step in plan.steps):
         calibration, unseen = _calibration(opened, preset, calib, windows, imatrix, bool(repair) or max_kl is not None)
         console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
     if distil:
@@ -124,20 +141,41 @@ def command(
             damages = swept(opened, allocator, text, table)
             if unseen is not None:
                 result = best_file(console, allocator, damages, n_bytes, max_kl, repair, calibration, unseen, folder)
-                result.path.replace(written)
+                moved(result.path, written, force)
                 chosen = result.plan.recipe
             else:
                 chosen = allocator.fit(damages, n_bytes).recipe
         if unseen is None:
             with progress_bar("quantizing") as progress:
-                result = write_gguf(opened, chosen, written, force, progress, calibration)
+                result = write_model(opened, chosen, written, force, progress, calibration)
         if recipe is None and max_kl is None:
             console.print(f"Of {n_bytes:,} bytes {result.n_bytes:,} are used.")
         print_result(console, replace(result, path=out))
-        if save_recipe:
-            write_recipe(plan_gguf(opened, chosen).recipe, save_recipe)
         if distil:
             distilling.write(console, opened, open_model(written), out, held_out, train, distil, minutes, force)
+        if save_recipe:
+            write_recipe(result.plan.recipe, save_recipe)
+    _finish(console, opened, model, replace(result, path=out), report, calibration)
+
+
+def check_beside(out: Path, *others: Path | None) -> None:
+    """Raise OutputError, before any work, when a small file beside the result cannot be written."""
+    for path in others:
+        if path is not None:
+            if path.resolve() == out.resolve():
+                raise OutputError(f"{path}: is the output itself. Choose another name.")
+            check_target(path, 0, overwrite=True)
+
+
+def _finish(
+    console: Console,
+    opened: Model,
+    name: str,
+    result: Result,
+    report: Path | None,
+    calibration: Calibration | None = None,
+) -> None:
+    """The report, a warning for sources that were quantized already, and what to do next."""
     if report:
         _write_report(report, result, calibration)
     requantized = sorted({kind for kind in _source_types(opened) if kind.lower() not in FLOAT_GRIDS})
@@ -146,7 +184,7 @@ def command(
             f"The source was already quantized ({', '.join(requantized)}): its damage is in this file too. "
             "Quantize the original if you have it."
         )
-    console.print(f"Next: whit eval {out} --against {model}", soft_wrap=True)
+    console.print(f"Next: whit eval {result.path} --against {name}", soft_wrap=True)
 
 
 def _calibration(
@@ -176,6 +214,9 @@ def _check_request(
     repair: int,
     pure: bool,
     settings: list[str] | None,
+    layout: str,
+    distil: int,
+    minutes: float | None,
 ) -> None:
     """Raise RecipeError for options that do not go together."""
     wanted = {"--recipe": recipe, "--fit": fit, "--bpw": bpw, "--max-kl": max_kl}
@@ -185,15 +226,21 @@ def _check_request(
         raise RecipeError("--context says how much of --fit is not for the file; give both.")
     if table is not None and recipe is not None:
         raise RecipeError("--table saves the sweep of --fit, --bpw and --max-kl; a recipe needs none.")
+    if minutes is not None and not distil:
+        raise RecipeError("--minutes ends --distil; give both.")
     if repair and fit is None and bpw is None:
         raise RecipeError("--repair looks for better choices within --fit or --bpw; give one of them.")
+    if layout not in LAYOUTS:
+        raise RecipeError(f"--format {layout} is not one of {', '.join(LAYOUTS)}.")
+    if recipe is not None and layout != GGUF:
+        raise RecipeError("A recipe's name says its format; --format is for --fit, --bpw and --max-kl.")
     if recipe is None and (pure or settings):
         raise RecipeError("--pure and --set change a recipe; save one with --save-recipe and edit it instead.")
 
 
 def _recipe(name: str, rounding: str, pure: bool, settings: Sequence[str]) -> Recipe:
     if not name.endswith(".json"):
-        return recipe_named(name, rounding, pure, settings)
+        return folder_recipe(name, rounding, settings) or recipe_named(name, rounding, pure, settings)
     if pure or settings:
         raise RecipeError(f"--pure and --set change named recipes; edit {name} instead.")
     return read_recipe(Path(name))
@@ -210,10 +257,10 @@ def print_result(console: Console, result: Result) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in (("type", "left"), ("tensors", "right"), ("weights", "right"), ("MB", "right")):
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    for kind in dict.fromkeys(step.kind.name for step in plan.steps):
-        steps = [step for step in plan.steps if step.kind.name == kind]
+    for kind in dict.fromkeys(step.type for step in plan.steps):
+        steps = [step for step in plan.steps if step.type == kind]
         n_weights = sum(step.tensor.n_weights for step in steps)
-        n_bytes = sum(step.announced.n_bytes for step in steps)
+        n_bytes = sum(step.n_bytes for step in steps)
         table.add_row(kind, str(len(steps)), f"{n_weights:,}", f"{n_bytes / 1e6:.2f}")
     console.print(table)
     for line in (*exception_lines(plan), *loss_lines(result.losses)):
@@ -222,7 +269,7 @@ def print_result(console: Console, result: Result) -> None:
 
 def exception_lines(plan: Plan) -> list[str]:
     """One line per reason and kind of tensor, such as `F32: 30 x blk.*.attn_norm.weight (a norm)`."""
-    groups = Counter((step.kind.name, _family(step.tensor.name), step.exception) for step in plan.exceptions)
+    groups = Counter((step.type, _family(step.tensor.name), step.exception) for step in plan.exceptions)
     return [f"  not by the recipe, {kind}: {n} x {family} ({reason})" for (kind, family, reason), n in groups.items()]
 
 
@@ -260,6 +307,8 @@ def _family(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _source_types(model: object) -> list[str]:
-    source = getattr(model, "gguf_tensors", None)
+def _source_types(model: Model) -> list[str]:
+    if model.quantization:
+        return [str(model.quantization.get("quant_method"))]
+    source = model.gguf_tensors
     return [] if source is None else [source.info(name).dtype for name in source.names()]

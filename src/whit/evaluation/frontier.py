@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,11 @@ def draw(points: Sequence[Point], title: str, folder: Path) -> list[Path]:
 
     Raises MissingPackageError without matplotlib, OutputError when they cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError("Drawing needs matplotlib: pip install 'whit[plots]'.") from None
+    drawing()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for k, by in enumerate(dict.fromkeys(point.by for point in points)):
@@ -58,6 +58,12 @@ def draw(points: Sequence[Point], title: str, folder: Path) -> list[Path]:
     FigureCanvasSVG(figure)
     _save(figure, paths[1], metadata={"Date": None})
     return paths
+
+
+def drawing() -> None:
+    """Raise MissingPackageError when the library that `draw` needs is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingPackageError("Drawing needs matplotlib: pip install 'whit[plots]'.")
 
 
 def _save(figure: Any, path: Path, **options: Any) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from whit.errors import RecipeError
 from whit.grids.floats import Float
 from whit.grids.grid import Grid
+from whit.grids.indexed import INDEX, Indexed
 from whit.grids.lattice import Lattice
 from whit.grids.levels import Integers, Table
-from whit.grids.scaled import Offset, PerChannel, PerGroup, PerTensor, Scaled, integer_grid
+from whit.grids.scaled import Offset, PerChannel, PerGroup, PerTensor, Scaled, Scheme, integer_grid
 from whit.grids.superblock import Superblock
 
 # Sixteen levels that are denser near zero. Source: the IQ4_NL block format of GGML.
@@ -19,10 +22,22 @@ IQ4_NL_LEVELS = Table(
 
 # FP4 (E2M1): two exponent bits, one of the mantissa. Minus zero is another name for zero.
 FP4_LEVELS = Table("fp4", (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6))
+# FP8 (E4M3, no infinities): every finite value. Minus zero is another name for zero.
+_FP8 = [2.0 ** (max(e, 1) - 10) * (8 * (e > 0) + m) for e in range(16) for m in range(8)][:-1]  # the last is NaN
+FP8_LEVELS = Table("fp8_e4m3", tuple(sorted({sign * x for sign in (-1, 1) for x in _FP8})))
 # Three levels in two bits: the fourth code may be in a file and is decoded, but nothing is rounded to it.
 TERNARY_LEVELS = Table("ternary", (-1, 0, 1, 2), usable=3)
 
 _GGML_GROUP = PerGroup(32)
+_GROUPS = {f"-g{n}": PerGroup(n) for n in (32, 64, 128)}
+_SCHEMES: dict[str, Scheme] = {"": PerChannel(), "-tensor": PerTensor(), **_GROUPS}
+_INTEGERS = {
+    f"int{b}{scheme}{zero}": integer_grid(b, sharing, symmetric=not zero)
+    for scheme, sharing in _SCHEMES.items()
+    for zero in ("", "-asym")
+    for b in range(2, 9)
+}
+ALIASES = {"int4-g32": "q4_0", "int5-g32": "q5_0", "int8-g32": "q8_0"}  # the same grids
 
 GRIDS: dict[str, Grid] = {
     "f32": Float(torch.float32),
@@ -48,22 +63,48 @@ GRIDS: dict[str, Grid] = {
     "mxfp4": Scaled(FP4_LEVELS, _GGML_GROUP, scale_dtype=torch.float8_e8m0fnu),
     "tq2_0": Scaled(TERNARY_LEVELS, PerGroup(256)),
     "tq1_0": Scaled(Table("trits", (-1, 0, 1)), PerGroup(256), code_bits=52 * 8 / 256),
-    **{f"int{b}": integer_grid(b, PerChannel(), symmetric=True) for b in range(2, 9)},
-    **{f"int{b}-asym": integer_grid(b, PerChannel(), symmetric=False) for b in range(2, 9)},
-    **{f"int{b}-tensor": integer_grid(b, PerTensor(), symmetric=True) for b in range(2, 9)},
-    **{f"int{b}-tensor-asym": integer_grid(b, PerTensor(), symmetric=False) for b in range(2, 9)},
-    **{f"int{b}-g128": integer_grid(b, PerGroup(128), symmetric=True) for b in range(2, 9)},
-    **{f"int{b}-g128-asym": integer_grid(b, PerGroup(128), symmetric=False) for b in range(2, 9)},
+    **{name: grid for name, grid in _INTEGERS.items() if name not in ALIASES},
+    "fp8": Scaled(FP8_LEVELS, PerChannel(), scale_dtype=torch.float32),
+    "fp8-tensor": Scaled(FP8_LEVELS, PerTensor(), scale_dtype=torch.float32),
 }
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
 def grid_named(name: str) -> Grid:
-    """The grid called `name`. Raises RecipeError that lists the names there are."""
-    if name not in GRIDS:
+    """The grid called `name`, as in GRIDS; `:bf16` or `:f32` after it is the dtype of its scales, `:g_idx` an index of
+    groups.
+
+    Raises RecipeError that lists the names there are.
+    """
+    plain, _, dtype = name.partition(":")
+    grid = GRIDS.get(ALIASES.get(plain, plain))
+    if dtype == INDEX and isinstance(grid, Scaled) and isinstance(grid.scheme, PerGroup):
+        return Indexed(grid)
+    if grid is None or (dtype and not (dtype in DTYPES and isinstance(grid, Scaled))):
         raise RecipeError(f"There is no grid called {name!r}. Known grids: {', '.join(GRIDS)}.")
-    return GRIDS[name]
+    return replace(grid, scale_dtype=DTYPES[dtype]) if dtype and isinstance(grid, Scaled) else grid
+
+
+def integer_name(grid: Grid) -> str:
+    """As `grid_name`, but for GGML's legacy types the name that says bits and group."""
+    name = grid_name(grid)
+    return next((alias for alias, known in ALIASES.items() if known == name), name)
 
 
 def grid_name(grid: Grid) -> str:
-    """The registered name of a grid, else its printed form."""
-    return next((name for name, known in GRIDS.items() if known == grid), repr(grid))
+    """The name that `grid_named` takes for a grid, else its printed form."""
+    for name, known in GRIDS.items():
+        if known == grid:
+            return name
+    if isinstance(grid, Indexed):
+        return f"{grid_name(grid.base)}:{INDEX}"
+    if isinstance(grid, Scaled):
+        for dtype, stored in DTYPES.items():
+            for name, known in GRIDS.items():
+                if (
+                    grid.scale_dtype == stored
+                    and isinstance(known, Scaled)
+                    and replace(known, scale_dtype=stored) == grid
+                ):
+                    return f"{name}:{dtype}"
+    return repr(grid)

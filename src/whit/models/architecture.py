@@ -18,7 +18,7 @@ from torch import Tensor
 from whit.checkpoints.source import TensorInfo, TensorSource
 from whit.errors import BadWeightsError, BrokenFileError, ModelError, UnknownArchitectureError
 from whit.models.known import ARCHITECTURES, REFUSED
-from whit.models.known_changes import Dims, Shape, Sibling
+from whit.models.known_changes import Dims, Shape, Sibling, Transposed
 from whit.models.known_table import Architecture, Facts, Stored, Weight, float_reason, full_key
 from whit.models.model import Model
 
@@ -132,6 +132,28 @@ def from_gguf(metadata: Mapping[str, Any], tensors: TensorSource) -> tuple[dict[
     facts = table.facts(config)
     dims = table.dims(facts)
     return config, FromGGUF(table, stored, _stored_weights(table, facts, stored), dims)
+
+
+def turned_names(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether the weight of a name on disk is [in, out] there, as transformers' Conv1D has it."""
+    table = ARCHITECTURES.get(str(config.get("model_type")))
+    if table is None:
+        return lambda name: False
+    lines = [weight.disk for weight in table.weights if weight.change == Transposed()]
+    patterns = [re.escape(name).replace(r"\{i\}", r"\d+") for disk in lines for name in disk]
+
+    def turned(name: str) -> bool:
+        for pattern, replacement in table.renames:
+            name = re.sub(pattern, replacement, name)
+        return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+    return turned
+
+
+def head_name(config: Mapping[str, Any]) -> str:
+    """What the head's weight is called on disk, whether the model has one of its own or not."""
+    table = ARCHITECTURES.get(str(config.get("model_type")))
+    return table.weights[-1].disk[0] if table else "lm_head.weight"
 
 
 def _graph(metadata: Mapping[str, Any]) -> str:

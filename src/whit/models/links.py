@@ -16,6 +16,7 @@ from torch import Tensor
 
 from whit.checkpoints.source import TensorInfo
 from whit.models.architecture import GGUFView, from_gguf
+from whit.models.known_changes import Transposed
 from whit.models.taps import Slot
 
 
@@ -48,6 +49,7 @@ class Links:
         _, self._disk = from_gguf(view.metadata, self._overlay)
         self._slots: dict[str, list[Slot]] = defaultdict(list)  # GGUF tensor -> its parameters, experts in order
         self._direct: dict[str, str] = {}  # parameter -> name on disk
+        self._rows: dict[tuple[object, int], tuple[Tensor, Tensor]] = {}
         self._stacked: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)  # -> (expert, part) -> name on disk
         for name in self._disk.names():
             origin = self._disk.origin(name)
@@ -86,6 +88,50 @@ class Links:
             torch.cat([self._disk.read(pieces[expert, part]) for part in range(n_parts)]) for expert in range(experts)
         ]
         return torch.stack(rows).reshape(shape)
+
+    def disk_names(self) -> Sequence[str]:
+        """The names of all weights in a transformers folder, in the order of the GGUF file."""
+        return self._disk.names()
+
+    def disk_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight in a transformers folder."""
+        return self._disk.origin(name).shape
+
+    def source(self, name: str) -> tuple[str, int]:
+        """The GGUF tensor that a weight in a folder is in, and which matrix of it: an expert, else 0."""
+        origin = self._disk.origin(name)
+        return origin.gguf, origin.start if origin.weight.of_experts else 0
+
+    def disk_read(self, name: str) -> Tensor:
+        """A weight as a folder has it, from replaced tensors where there are some."""
+        return self._disk.read(name)
+
+    def lies(self, name: str) -> bool:
+        """Whether a folder has this weight on its side, [in, out], as transformers' Conv1D does."""
+        return self._disk.origin(name).weight.change == Transposed()
+
+    def disk_rows(self, name: str) -> tuple[Tensor, Tensor]:
+        """Which rows of its GGUF matrix a weight in a folder has, [n] int64, and what multiplies them there [n].
+
+        The matrix as a folder has it may lie on its side; rows are outputs here.
+        """
+        origin = self._disk.origin(name)
+        key = origin.weight, origin.start if not origin.weight.of_experts else 0
+        if key not in self._rows:
+            info = self._overlay.info(origin.gguf)
+            marks = torch.zeros(
+                info.shape
+            )  # which row it is in the first column, ones in the second: some tables scale
+            marks[..., 0] = torch.arange(info.shape[-2], dtype=torch.float32)
+            marks[..., 1] = 1
+            kept = dict(self._overlay.replaced)
+            self.replace(origin.gguf, marks)
+            found = self._disk.read(name)
+            self._overlay.replaced = kept
+            self._disk.forget()
+            number, one = (found.T if self.lies(name) else found)[:, :2].unbind(1)
+            self._rows[key] = (number / one).round().long(), one.clone()
+        return self._rows[key]
 
     def replace(self, gguf: str, W: Tensor) -> None:
         """From now on the GGUF tensor `gguf` has these values, float32, in its shape."""

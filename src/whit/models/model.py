@@ -26,6 +26,7 @@ class Model:
     gguf_metadata    metadata of the GGUF file that the model or its tokenizer comes from, else empty
     gguf_types       the GGUF types of that metadata, so that it can be written back unchanged
     gguf_tensors     its tensors under GGUF names when the weights are that file's own, else None
+    quantization     the quantization_config of a folder of quantized weights, else empty; `tensors` are decoded ones
     """
 
     label: str
@@ -37,3 +38,4 @@ class Model:
     gguf_metadata: Metadata = field(default_factory=dict)
     gguf_types: Mapping[str, GGUFType] = field(default_factory=dict)
     gguf_tensors: GGUFFile | None = None
+    quantization: Mapping[str, Any] = field(default_factory=dict)

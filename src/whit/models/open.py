@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from whit.checkpoints.folder import open_folder, read_config
 from whit.checkpoints.gguf import GGUFFile
 from whit.checkpoints.hub import download, headers, looks_like_hub_id
+from whit.checkpoints.quantized import CONFIG, QuantizedTensors
+from whit.checkpoints.source import TensorSource
 from whit.errors import ModelError
-from whit.models.architecture import from_gguf
+from whit.models.architecture import from_gguf, turned_names
 from whit.models.builtin import BUILTIN
 from whit.models.model import Model
 
@@ -28,7 +31,7 @@ def open_model(text: str | Path, fetch: bool = True) -> Model:
     if path.is_file():
         return _open_file(name, path)
     if looks_like_hub_id(name) and not path.parent.is_dir():
-        return _open_folder(name, download(name)) if fetch else Model(name, *headers(name))
+        return _open_folder(name, download(name)) if fetch else _model(name, *headers(name))
     raise ModelError(
         f"{name}: no such file or folder. A model is a Hugging Face folder, a .gguf file, a hub id (owner/name) "
         f"or a built-in name ({', '.join(BUILTIN)})."
@@ -36,9 +39,21 @@ def open_model(text: str | Path, fetch: bool = True) -> Model:
 
 
 def _open_folder(label: str, folder: Path) -> Model:
-    config = read_config(folder)
-    tensors, n_bytes = open_folder(folder)
-    return Model(label, config, tensors, n_bytes, tokenizer_dir=folder)
+    return _model(label, read_config(folder), *open_folder(folder), folder)
+
+
+def _model(
+    label: str, config: dict[str, Any], tensors: TensorSource, n_bytes: int, folder: Path | None = None
+) -> Model:
+    """With quantized layers decoded, if there are any."""
+    quantization = config.get(CONFIG)
+    if quantization is None:
+        return Model(label, config, tensors, n_bytes, tokenizer_dir=folder)
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{label}: quantization_config in config.json is not an object.")
+    config = {key: value for key, value in config.items() if key != CONFIG}
+    decoded = QuantizedTensors(tensors, quantization, turned_names(config))
+    return Model(label, config, decoded, n_bytes, tokenizer_dir=folder, quantization=quantization)
 
 
 def _open_file(label: str, path: Path) -> Model:

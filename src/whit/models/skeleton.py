@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from whit.checkpoints.source import TensorSource
 from whit.errors import BadWeightsError, BrokenFileError, ModelError, UnknownArchitectureError
+from whit.models.activations import input_schemes, quantize_inputs
 from whit.models.model import Model
 
 # Keys of a config.json that choose code or precision. Whit chooses both: plain attention and plain experts are the
@@ -80,7 +81,7 @@ def load_module(model: Model, dtype: torch.dtype = torch.float32) -> nn.Module:
     dtype  type of all parameters
     Raises UnknownArchitectureError when transformers has no such model, BrokenFileError when weights are missing or
     left over (all are named), BadWeightsError for NaN, infinite or wrongly shaped weights, ModelError for a
-    configuration that transformers rejects or a folder that is already quantized.
+    configuration that transformers rejects.
     """
     config, cls = config_and_class(model)
     errors = _Errors()
@@ -103,6 +104,7 @@ def load_module(model: Model, dtype: torch.dtype = torch.float32) -> nn.Module:
     if errors.first is not None:
         raise errors.first
     _check_report(report, model.label)
+    quantize_inputs(module, input_schemes(model))
     return module.eval().requires_grad_(False)
 
 
@@ -173,10 +175,6 @@ def config_and_class(model: Model) -> tuple[PreTrainedConfig, type[PreTrainedMod
     """
     settings = dict(model.config)
     model_type = settings.get("model_type")
-    quantized = settings.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else quantized
-        raise ModelError(f"{model.label}: the folder is already quantized ({method}); give the original model.")
     settings = {key: value for key, value in settings.items() if key not in CHOSEN_HERE and not key.startswith("_")}
     if model_type not in CONFIG_MAPPING:
         raise UnknownArchitectureError(

@@ -31,13 +31,13 @@ from whit.models.taps import watched
 from whit.pipeline.effort import Calibration
 from whit.pipeline.folding import Folded, folded, trial, unchanged
 from whit.pipeline.inputs import Inputs, moments_of
-from whit.pipeline.plain import plain_bytes
-from whit.pipeline.plan import Step
+from whit.pipeline.plain import plain_pieces
+from whit.pipeline.plan import Piece, Rounded, Step
 from whit.pipeline.rounder import Rounder, Task
 from whit.transforms.absorb import block_pairs, head_pair
 
 Progress = Callable[[int, int, str], None]
-Written = tuple[str, Iterator[Tensor]]  # a tensor of the file and the pieces of its bytes
+KEPT = 32  # tokens of every window that smoothing looks at
 HEADS = ("output.weight", "token_embd.weight")
 
 
@@ -48,9 +48,21 @@ class CalibratedRun:
     """
 
     def __init__(
-        self, model: Model, view: GGUFView, steps: tuple[Step, ...], calibration: Calibration, progress: Progress | None
+        self,
+        model: Model,
+        view: GGUFView,
+        steps: tuple[Step, ...],
+        calibration: Calibration,
+        progress: Progress | None,
+        smooth: bool = False,
     ) -> None:
-        """view  the model's tensors as the file will name them; steps  one per tensor of the file."""
+        """For one model.
+
+        view    its tensors as the file will name them
+        steps   one per tensor of the file
+        smooth  inputs will be quantized to integers too: columns are rescaled for both
+        """
+        self._kept = KEPT if smooth else 0
         self._steps = {step.tensor.name: step for step in steps}
         self._links, self._calibration = Links(view), calibration
         self._stream = BlockStream(model, self._links.read)
@@ -59,8 +71,8 @@ class CalibratedRun:
         self._sound: set[str] = set()  # the first producers of pairs that may be folded
         self.rounder = Rounder(calibration.effort, calibration.strength)
 
-    def tensors(self) -> Iterator[Written]:
-        """Name and bytes of every tensor, in the order of computation.
+    def tensors(self) -> Iterator[Rounded]:
+        """Every tensor, in the order of computation.
 
         Raises BadWeightsError for weights or activations that are not finite.
         """
@@ -77,10 +89,10 @@ class CalibratedRun:
         yield from self._ends(hidden)
         self._tell(total, total, "done")
 
-    def _block(self, index: int, hidden: list[Tensor], original: list[Tensor]) -> Iterator[Written]:
+    def _block(self, index: int, hidden: list[Tensor], original: list[Tensor]) -> Iterator[Rounded]:
         stream, links, prefix = self._stream, self._links, self._stream.prefix(index)
         block = stream.fill(index)
-        inputs = Inputs(prefix)
+        inputs = Inputs(prefix, self._kept)
         for n, window in enumerate(hidden):
             if original:
                 with watched(block, inputs.remember):
@@ -104,7 +116,7 @@ class CalibratedRun:
         links.restore()
         return_memory()
 
-    def _ends(self, hidden: list[Tensor]) -> Iterator[Written]:
+    def _ends(self, hidden: list[Tensor]) -> Iterator[Rounded]:
         """What is left: embeddings, final norm, head."""
         head = next(name for name in HEADS if name in self._steps)
         moments = _final(self._stream, hidden) if self._steps[head].needs_moments else None
@@ -143,23 +155,23 @@ class CalibratedRun:
         pairs = [pair for pair in pairs if pair.producers[0].removeprefix(prefix) in self._sound]
         return folded(pairs, steps, lambda name: inputs.of(links.slots(name)[0]), self.rounder)
 
-    def _rounded(self, tasks: list[Task], install: bool = False) -> Iterator[Written]:
-        """Names and bytes; decoded values go into the block."""
+    def _rounded(self, tasks: list[Task], install: bool = False) -> Iterator[Rounded]:
+        """The tensors of all tasks; decoded values go into the block."""
         matrices = self.rounder.rounded(task for task in tasks if task.step.needs_moments)
         for task in tasks:
-            yield task.step.tensor.name, self._bytes(task, matrices, install)
+            yield task.step, self._pieces(task, matrices, install)
 
-    def _bytes(self, task: Task, matrices: Iterator[QuantizedTensor], install: bool) -> Iterator[Tensor]:
+    def _pieces(self, task: Task, matrices: Iterator[QuantizedTensor], install: bool) -> Iterator[Piece]:
         tensor, decoded = task.step.tensor, []
         if not task.step.needs_moments:
             if install:
                 self._links.replace(tensor.name, tensor.read())
-            yield from plain_bytes(task.step)
+            yield from plain_pieces(task.step)
             return
         for quantized in islice(matrices, len(task.moments)):
             if install:
                 decoded.append(quantized.dequantize())
-            yield task.step.kind.pack(quantized)
+            yield quantized
         if install:
             self._links.replace(tensor.name, torch.cat(decoded).reshape(tensor.shape))
 

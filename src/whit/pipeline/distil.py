@@ -16,7 +16,7 @@ Source: docs/budget.md; the loss as in arXiv 2502.04420 and mlx-lm's DWQ.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
@@ -25,14 +25,24 @@ import torch
 from torch import Tensor
 
 from whit.allocator import return_memory
-from whit.checkpoints.atomic import whole_file
+from whit.checkpoints.atomic import check_folder, whole_file
+from whit.checkpoints.gguf import GGUFFile
 from whit.errors import ModelError
 from whit.evaluation.divergence import mean_and_error
+from whit.grids.quantized import QuantizedTensor
+from whit.layouts.ggml import GGML_TYPES
+from whit.models.activations import input_schemes
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.stream import BlockStream, Weights, pieces
+from whit.pipeline.convert import same_recipe
+from whit.pipeline.folder import FolderJob
+from whit.pipeline.plain import plain_pieces
+from whit.pipeline.plan import Piece, Plan, Rounded, Step
 from whit.pipeline.quantize import model_view
+from whit.pipeline.stored import Stored, split_rows, stored_of
 from whit.pipeline.student import Student
+from whit.rounding.nearest import nearest
 
 Progress = Callable[[int, int, str], None]
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -90,31 +100,97 @@ def distil_gguf(
     train, held_out  [n, length] int64, windows of token ids that do not overlap
     Raises ModelError when the candidate is no GGUF file or of another model, OutputError as `write_gguf` does.
     """
+    check_pair(original, candidate)
     if candidate.gguf_tensors is None:
-        raise ModelError(f"{candidate.label}: only the scales of a GGUF file can be distilled.")
+        raise ModelError(f"{candidate.label}: is no GGUF file.")
     tell = progress or (lambda done, total, what: None)
     with whole_file(path, candidate.gguf_tensors.n_bytes, overwrite) as file:
         run = _Run(original, candidate, train, held_out, training or Training(), tell)
         found = run.train()
-        candidate.gguf_tensors.with_changes(file, run.student.packed() if found.steps else ())
+        candidate.gguf_tensors.with_changes(file, _packed(candidate.gguf_tensors, run.student) if found.steps else ())
     return found
+
+
+def distil_folder(
+    original: Model,
+    candidate: Model,
+    path: Path,
+    train: Tensor,
+    held_out: Tensor,
+    training: Training | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Distilled:
+    """As `distil_gguf`, for a folder of quantized safetensors, which is written in its own format.
+
+    Raises ModelError for activations that are quantized too: what moves would not see them.
+    """
+    check_pair(original, candidate)
+    stored = stored_of(candidate)
+    floats = {candidate.tensors.info(name).dtype for name in candidate.tensors.names()}
+    dtype = torch.float32 if "F32" in floats and not floats & {"F16", "BF16"} else None
+    job = FolderJob(candidate, same_recipe(candidate, stored), dtype)
+    check_folder(path, job.n_bytes, overwrite)
+    tell = progress or (lambda done, total, what: None)
+    run = _Run(original, candidate, train, held_out, training or Training(), tell)
+    found = run.train()
+    job.write(path, overwrite, tensors=_pieces(job.plan, stored, run.student if found.steps else None))
+    return found
+
+
+def _packed(file: GGUFFile, student: Student) -> Iterator[tuple[str, Tensor]]:
+    """Names and flat bytes of what moved."""
+    for name in student.moving():
+        moved, kind = student.moved(name), GGML_TYPES[file.info(name).dtype]
+        yield name, kind.pack(nearest(moved[None], kind.grid) if isinstance(moved, Tensor) else moved)
+
+
+def _pieces(plan: Plan, stored: Stored, student: Student | None) -> Iterator[Rounded]:
+    for step in plan.steps:
+        yield step, _of_step(step, stored, student)
+
+
+def _of_step(step: Step, stored: Stored, student: Student | None) -> Iterator[Piece]:
+    name = step.tensor.name
+    moved = student.moved(name) if student is not None and student.moves(name) else None
+    if isinstance(moved, QuantizedTensor):
+        yield from split_rows(moved, step.tensor.shape[0] if len(step.tensor.shape) == 3 else 1)
+    elif isinstance(moved, Tensor):
+        yield nearest(moved[None], step.grid)
+    elif (matrices := stored.matrices(name)) is not None:
+        yield from matrices
+    else:
+        yield from plain_pieces(step)
+
+
+def check_pair(original: Model, candidate: Model) -> None:
+    """Raise ModelError, from headers alone, when `candidate` is no GGUF file or not of `original`."""
+    if candidate.gguf_tensors is None and not candidate.quantization:
+        raise ModelError(f"{candidate.label}: only the scales of a quantized file or folder can be distilled.")
+    if input_schemes(candidate):
+        raise ModelError(f"{candidate.label}: its activations are quantized too, which distillation does not follow.")
+    theirs = {tensor.name: tensor.shape for tensor in model_view(original).tensors}
+    for tensor in model_view(candidate).tensors:
+        if theirs.get(tensor.name) != tensor.shape:
+            raise ModelError(
+                f"{candidate.label} is not of {original.label}: {tensor.name} is {list(tensor.shape)} in one and "
+                f"{list(theirs.get(tensor.name, ())) or 'missing'} in the other."
+            )
 
 
 class _Run:
     def __init__(
         self, original: Model, candidate: Model, train: Tensor, held_out: Tensor, training: Training, tell: Progress
     ) -> None:
-        assert candidate.gguf_tensors is not None
         self._training, self._tell = training, tell
         self._windows, self._n_held = torch.cat([held_out, train]), len(held_out)
         self._teacher = _Teacher(original, self._windows, tell)
         self._links = Links(model_view(candidate))
         self._stream = BlockStream(candidate, self._links.read)
-        self.student = Student(candidate.gguf_tensors)
-        self._tied = HEAD not in candidate.gguf_tensors.names()
+        stored = stored_of(candidate)
+        self.student = Student(stored, candidate.n_bytes)
+        self._tied = HEAD not in stored.names()
         self._growth = 0.0
-        if self._teacher.n_vocab != candidate.gguf_tensors.info(EMBEDDING).shape[0]:
-            raise ModelError(f"{candidate.label} is not of {original.label}: their vocabularies differ.")
 
     def train(self) -> Distilled:
         """Until the steps or the minutes are over; the student is left in the best state."""
@@ -148,7 +224,7 @@ class _Run:
 
     def _held_out(self, when: str) -> Tensor:
         """Divergence of every token that is not trained on."""
-        hidden = self._forwards(range(self._n_held))[-1]
+        hidden = self._forwards(range(self._n_held), keep=False)[-1]
         head, weights = self._outer()
         found = []
         for index in range(self._n_held):
@@ -158,8 +234,11 @@ class _Run:
                 found.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
         return torch.cat(found)
 
-    def _forwards(self, which: range | list[int]) -> list[list[Tensor]]:
-        """The hidden states [1, length, hidden] of windows before every block, and after the last."""
+    def _forwards(self, which: range | list[int], keep: bool = True) -> list[list[Tensor]]:
+        """The hidden states [1, length, hidden] of windows before every block, and after the last.
+
+        keep  all of them; otherwise only the last
+        """
         for name in (EMBEDDING, *self._outer_names()):
             self._links.replace(name, self.student.read(name))
         reached = [self._stream.start(self._windows[list(which)])]
@@ -167,7 +246,8 @@ class _Run:
             self._growth = self._found_growth(self._windows[list(which)][:1], reached[0][0])
         for index in range(self._stream.n_blocks):
             weights, _ = self._decoded(index, leaves=False)
-            reached.append([self._stream.run(index, hidden, weights) for hidden in reached[-1]])
+            after = [self._stream.run(index, hidden, weights) for hidden in reached[-1]]
+            reached = [*reached, after] if keep else [after]
         return reached
 
     def _gradients(self, batch: list[int]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from whit.calibration.moments import Moments
+from whit.grids.floats import Float
 from whit.grids.grid import Adaptive
 from whit.models.architecture import Part
 from whit.parallel import spread
@@ -22,9 +23,11 @@ from whit.pipeline.rounder import Rounder
 from whit.rounding.curvature import Curvature
 from whit.transforms.absorb import Pair
 from whit.transforms.awq import Sample, column_factors, sampled
+from whit.transforms.smooth import smooth_factors
 
 UNCHANGED = 1e-3  # relative change of a block's output up to which a fold has left the function as it was
 FACTORS = "factors"
+_Task = tuple[Pair, list[Sample], Curvature, Tensor | None]
 METHOD = "feedback"  # other roundings are what their names say, of the weights as they are
 
 
@@ -48,14 +51,14 @@ def folded(
     steps    the block's, by tensor name
     moments  of what arrives at a matrix
     """
-    todo: list[tuple[Pair, list[Sample], Curvature]] = []
+    todo: list[_Task] = []
     for pair in pairs:
         involved = [steps[name] for name in (*pair.producers, *pair.consumers)]
         seen = moments(pair.consumers[0])
         samples = _samples(pair, steps)
-        stored = any(step.stored is not None and step.kind.fields for step in involved)
+        stored = any(step.stored is not None and not isinstance(step.grid, Float) for step in involved)
         if samples and not stored and seen is not None and not seen.is_empty:
-            todo.append((pair, samples, rounder.curvature_of(seen)))
+            todo.append((pair, samples, rounder.curvature_of(seen), seen.tokens))
     chosen = spread(_chosen, todo, lambda each: len(each[1]) * len(each[0].channel) ** 1.2)
     result = Folded({}, {})
     for (pair, *_), found in zip(todo, chosen, strict=True):
@@ -97,16 +100,19 @@ def _fold(pair: Pair, t: Tensor, steps: Mapping[str, Step], result: Folded) -> N
             result.steps[name] = _columns_multiplied(step, columns)
 
 
-def _chosen(task: tuple[Pair, list[Sample], Curvature]) -> dict[str, Tensor]:
-    pair, samples, c = task
-    t = column_factors(samples, c, pair.channel)
+def _chosen(task: _Task) -> dict[str, Tensor]:
+    pair, samples, c, tokens = task
+    if tokens is None:
+        t = column_factors(samples, c, pair.channel)
+    else:  # inputs are quantized too
+        t = smooth_factors(samples, tokens, c.H.diagonal().float(), pair.channel)
     return {FACTORS: torch.empty(0) if t is None else t}
 
 
 def _samples(pair: Pair, steps: Mapping[str, Step]) -> list[Sample]:
     consumers = [steps[name] for name in pair.consumers]
     rounded = [step for step in consumers if step.needs_moments and step.rounding == METHOD]
-    return sampled((step.tensor.read(), cast(Adaptive, step.kind.grid)) for step in rounded)
+    return sampled((step.tensor.read(), cast(Adaptive, step.grid)) for step in rounded)
 
 
 def _rows_divided(step: Step, t: Tensor) -> Step:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torch import Tensor
-
 from whit.calibration.moments import Moments
 from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.errors import ModelError
-from whit.pipeline.plain import plain_bytes
-from whit.pipeline.plan import Plan, Step
+from whit.pipeline.plain import plain_pieces
+from whit.pipeline.plan import Piece, Plan, Rounded, Step
 from whit.pipeline.rounder import Rounder, Task
 
 Progress = Callable[[int, int, str], None]
@@ -18,27 +16,26 @@ Progress = Callable[[int, int, str], None]
 
 def imported_tensors(
     plan: Plan, matrix: ImportanceMatrix, rounder: Rounder, progress: Progress | None
-) -> Iterator[tuple[str, Iterator[Tensor]]]:
-    """Name and bytes of every tensor in file order.
+) -> Iterator[Rounded]:
+    """Every tensor in file order.
 
     Raises ModelError when an entry of the matrix has another shape than its tensor.
     """
-    total, done = sum(step.announced.n_bytes for step in plan.steps), 0
+    total, done = sum(step.n_bytes for step in plan.steps), 0
     for step in plan.steps:
         if progress:
             progress(done, total, step.tensor.name)
-        yield step.tensor.name, _bytes(step, matrix, rounder)
-        done += step.announced.n_bytes
+        yield step, _pieces(step, matrix, rounder)
+        done += step.n_bytes
     if progress:
         progress(total, total, "done")
 
 
-def _bytes(step: Step, matrix: ImportanceMatrix, rounder: Rounder) -> Iterator[Tensor]:
+def _pieces(step: Step, matrix: ImportanceMatrix, rounder: Rounder) -> Iterator[Piece]:
     if not step.needs_moments:
-        yield from plain_bytes(step)
+        yield from plain_pieces(step)
         return
-    for quantized in rounder.rounded([Task(step, _moments(step, matrix))]):
-        yield step.kind.pack(quantized)
+    yield from rounder.rounded([Task(step, _moments(step, matrix))])
     rounder.forget()
 
 

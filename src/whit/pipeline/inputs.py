@@ -19,8 +19,9 @@ def moments_of(shape: tuple[int, ...], inputs: Inputs, slots: list[Slot]) -> lis
 class Inputs:
     """The moments of one block's inputs; weights that are given the same tensor share them."""
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+    def __init__(self, prefix: str, kept: int = 0) -> None:
+        """kept  tokens of every window to keep as they are"""
+        self._prefix, self._kept = prefix, kept
         self._moments: dict[Slot, Moments] = {}
         self._original: dict[Slot, Tensor] = {}
         self._seen: list[tuple[Tensor, Moments]] = []  # of the current window; holding them keeps them apart
@@ -37,7 +38,7 @@ class Inputs:
             return
         original = self._original.get(slot) if slot[1] is None else None  # experts are given other tokens
         cols = x.shape[-1]
-        moments = self._moments.setdefault(slot, Moments(cols, shifted=original is not None))
+        moments = self._moments.setdefault(slot, Moments(cols, original is not None, self._kept))
         moments.add(x.reshape(-1, cols), None if original is None else original.reshape(-1, cols))
         self._seen.append((x, moments))
 

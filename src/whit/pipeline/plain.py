@@ -11,14 +11,28 @@ from torch import Tensor
 
 from whit.errors import BadWeightsError
 from whit.models.architecture import GGUFTensor
-from whit.pipeline.plan import Step
+from whit.pipeline.plan import Piece, Rounded, Step
 from whit.rounding.nearest import rounding_named, slices
 
+Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
 AHEAD = 1 << 24  # weights at most in what is read while something else is rounded
 
 
-def plain_bytes(step: Step, values: Iterator[Tensor] | None = None) -> Iterator[Tensor]:
-    """The bytes of one tensor: one part per expert, each in slices of rows, because GGML's blocks never span rows.
+def plain_tensors(steps: Sequence[Step], progress: Progress | None) -> Iterator[Rounded]:
+    """Every tensor in file order; the next is read while the last one is rounded."""
+    total, done = sum(step.n_bytes for step in steps), 0
+    values = read_ahead(steps)
+    for step in steps:
+        if progress:
+            progress(done, total, step.tensor.name)
+        yield step, plain_pieces(step, values)
+        done += step.n_bytes
+    if progress:
+        progress(total, total, "done")
+
+
+def plain_pieces(step: Step, values: Iterator[Tensor] | None = None) -> Iterator[Piece]:
+    """One tensor: one part per expert, each in slices of rows where rows share nothing.
 
     values  of `read_ahead`, when somebody reads for all tensors
     Raises BadWeightsError for weights that are not finite or that the type cannot hold.
@@ -34,13 +48,13 @@ def plain_bytes(step: Step, values: Iterator[Tensor] | None = None) -> Iterator[
         for rows in slices(W):
             check_finite(step.tensor, rows, W)
             try:
-                yield step.kind.pack(rounding(rows.float(), step.kind.grid))
+                yield rounding(rows.float(), step.grid)
             except OverflowError as error:
                 raise too_large(step, error) from None
 
 
 def read_ahead(steps: Sequence[Step]) -> Iterator[Tensor]:
-    """What `plain_bytes` of every step will ask for, in order; the next is read while the last one is rounded."""
+    """What `plain_pieces` of every step will ask for, in order; the next is read while the last one is rounded."""
     reads = [each for step in steps for each in _reads(step)]
     with ThreadPoolExecutor(1) as pool:
         coming: Future[Tensor] | None = None
@@ -61,7 +75,7 @@ def _reads(step: Step) -> list[tuple[Callable[[], Tensor], int]]:
 def too_large(step: Step, error: OverflowError) -> BadWeightsError:
     """The message for a scale that the type cannot hold."""
     return BadWeightsError(
-        f"{step.tensor.name}: {error}, so {step.kind.name} cannot hold it. Use bf16 or f32 for this tensor."
+        f"{step.tensor.name}: {error}, so {step.type} cannot hold it. Use bf16 or f32 for this tensor."
     )
 
 

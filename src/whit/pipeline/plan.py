@@ -5,15 +5,16 @@ Nothing is substituted silently: a tensor that does not get what the recipe says
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from whit.checkpoints.gguf import Announced
 from whit.errors import RecipeError
+from whit.grids.grid import Grid
 from whit.grids.named import GRIDS, grid_named
+from whit.grids.quantized import QuantizedTensor
 from whit.layouts.ggml import GGMLType, ggml_type_of
 from whit.models.architecture import GGUFTensor, GGUFView
 from whit.recipes.mixtures import Facts
@@ -41,17 +42,21 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor of the output file.
+    """One tensor of the output.
 
     tensor     what will be read
-    kind       the GGML type it is written as
+    type       what it is written as: a GGML type, or in a folder the name of a grid
+    grid       its values
+    n_bytes    what it takes in the output
     rounding   name of the rounding
     exception  why this is not what the recipe says, else empty
     stored     reads the bytes when the source already holds exactly this type, else None: they are copied
     """
 
     tensor: GGUFTensor
-    kind: GGMLType
+    type: str
+    grid: Grid
+    n_bytes: int
     rounding: str
     exception: str = ""
     stored: Callable[[], Tensor] | None = None
@@ -61,10 +66,9 @@ class Step:
         """Whether the rounding looks at what arrives at the layer."""
         return self.stored is None and self.rounding in METHODS
 
-    @property
-    def announced(self) -> Announced:
-        """Name, shape and type for the file header."""
-        return Announced(self.tensor.name, self.tensor.shape, self.kind.name)
+
+Piece = QuantizedTensor | Tensor  # rows of a matrix; or all bytes of a tensor that the source holds as they shall be
+Rounded = tuple[Step, Iterator[Piece]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def _step(
         if tensor.shape[-1] % wanted.block:
             wanted = _type(FALLBACK)
     rounding = "nearest" if wanted.name.lower() in FLOAT_GRIDS else rule.rounding
-    return Step(tensor, wanted, rounding, exception, stored(tensor.name, wanted.name))
+    n_bytes = wanted.n_bytes(tensor.shape)
+    return Step(tensor, wanted.name, wanted.grid, n_bytes, rounding, exception, stored(tensor.name, wanted.name))
 
 
 def _facts(view: GGUFView, recipe: Recipe) -> Facts:

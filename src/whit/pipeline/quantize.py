@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,16 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from whit.checkpoints.atomic import whole_file
-from whit.checkpoints.gguf import GGUFWriter
+from whit.checkpoints.gguf import Announced, GGUFWriter
 from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.errors import ModelError
+from whit.layouts.ggml import GGML_TYPES
 from whit.models.architecture import GGUFView, gguf_view, passthrough_view
 from whit.models.model import Model
 from whit.models.vocabulary import gguf_vocabulary
 from whit.pipeline.effort import Calibration, TensorLoss
 from whit.pipeline.imported import imported_tensors
-from whit.pipeline.plain import plain_bytes, read_ahead
-from whit.pipeline.plan import FILE_TYPES, Plan, make_plan
+from whit.pipeline.plain import plain_tensors
+from whit.pipeline.plan import FILE_TYPES, Piece, Plan, Rounded, Step, make_plan
 from whit.pipeline.rounder import Rounder
 from whit.recipes.recipe import Recipe
 
@@ -57,9 +58,11 @@ def write_gguf(
     overwrite: bool = False,
     progress: Progress | None = None,
     calibration: Calibration | None = None,
+    tensors: Callable[[Plan], Iterable[Rounded]] | None = None,
 ) -> Result:
     """Quantize `model` by `recipe` into a GGUF file at `path`.
 
+    tensors  makes what every step becomes, when nothing is to be rounded here
     calibration  text and effort; needed when a rounding of the recipe looks at what arrives at a layer
     Raises ModelError for weights or tokenizers that cannot be used, OutputError when the file exists (without
     `overwrite`) or cannot be written. On any failure nothing is left at `path` that was not there before.
@@ -69,19 +72,21 @@ def write_gguf(
     writer = _writer(model, plan)
     with whole_file(path, writer.n_bytes, overwrite) as file:
         losses: list[TensorLoss] = []
-        if not any(step.needs_moments for step in plan.steps):
-            writer.write(file, _all_bytes(plan, progress))
+        if tensors is not None:
+            writer.write(file, _packed(tensors(plan)))
+        elif not any(step.needs_moments for step in plan.steps):
+            writer.write(file, _packed(plain_tensors(plan.steps, progress)))
         elif calibration is None:
             raise ValueError(f"recipe {recipe.name} needs a calibration text")
         elif calibration.importance is not None:
             rounder = Rounder(calibration.effort)
-            writer.write(file, imported_tensors(plan, calibration.importance, rounder, progress))
+            writer.write(file, _packed(imported_tensors(plan, calibration.importance, rounder, progress)))
             losses = rounder.losses
         else:
             from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
 
             streamed = CalibratedRun(model, model_view(model), plan.steps, calibration, progress)
-            writer.write(file, streamed.tensors())
+            writer.write(file, _packed(streamed.tensors()))
             losses = streamed.rounder.losses
     return Result(path, writer.n_bytes, plan, time.perf_counter() - started, tuple(losses))
 
@@ -123,7 +128,8 @@ def model_view(model: Model) -> GGUFView:
 def _writer(model: Model, plan: Plan) -> GGUFWriter:
     metadata = {**_general(model, plan), **plan.metadata, **_vocabulary(model)}
     metadata |= {"general.file_type": _file_type(plan), "general.quantization_version": 2, **_provenance(plan)}
-    return GGUFWriter(metadata, [step.announced for step in plan.steps], model.gguf_types)
+    announced = [Announced(step.tensor.name, step.tensor.shape, step.type) for step in plan.steps]
+    return GGUFWriter(metadata, announced, model.gguf_types)
 
 
 def _general(model: Model, plan: Plan) -> dict[str, Any]:
@@ -148,21 +154,20 @@ def _file_type(plan: Plan) -> int:
     """The number of the type that most weights have; one field cannot say more."""
     share: dict[str, int] = {}
     for step in plan.steps:
-        share[step.kind.name.lower()] = share.get(step.kind.name.lower(), 0) + step.tensor.n_weights
+        share[step.type.lower()] = share.get(step.type.lower(), 0) + step.tensor.n_weights
     named = plan.recipe.name if plan.recipe.name in FILE_TYPES else max(share, key=lambda name: share[name])
     return FILE_TYPES[named]
 
 
-def _all_bytes(plan: Plan, progress: Progress | None) -> Iterator[tuple[str, Iterator[Tensor]]]:
-    total, done = sum(step.announced.n_bytes for step in plan.steps), 0
-    values = read_ahead(plan.steps)
-    for step in plan.steps:
-        if progress:
-            progress(done, total, step.tensor.name)
-        yield step.tensor.name, plain_bytes(step, values)
-        done += step.announced.n_bytes
-    if progress:
-        progress(total, total, "done")
+def _packed(tensors: Iterable[Rounded]) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    """Names and pieces of bytes."""
+    for step, pieces in tensors:
+        yield step.tensor.name, _bytes(step, pieces)
+
+
+def _bytes(step: Step, pieces: Iterator[Piece]) -> Iterator[Tensor]:
+    for piece in pieces:
+        yield piece if isinstance(piece, Tensor) else GGML_TYPES[step.type].pack(piece)
 
 
 def _size_label(n_weights: int) -> str:

@@ -123,14 +123,14 @@ class Rounder:
             codes, after, before = (together.pop(key) for key in (CODES, AFTER, BEFORE))
             seen, step = matrix.moments, matrix.pieces[0].step
             counts = (seen.n_tokens, seen.n_lost, seen.n_dead) if seen else (0, 0, 0)
-            named, losses = (step.tensor.name, step.kind.name, step.rounding), (after.sum().item(), before.sum().item())
+            named, losses = (step.tensor.name, step.type, step.rounding), (after.sum().item(), before.sum().item())
             self.losses.append(TensorLoss(*named, *losses, *counts, matrix.note))
             shape = sum(piece.W.shape[0] for piece in matrix.pieces), matrix.pieces[0].W.shape[1]
-            yield QuantizedTensor(step.kind.grid, shape, codes, together)
+            yield QuantizedTensor(step.grid, shape, codes, together)
 
     def _one(self, piece: _Piece) -> dict[str, Tensor]:
         """Codes and parameters of the rows, the loss of each, and that of plain rounding."""
-        W, c, grid = piece.W, piece.c, cast(Adaptive, piece.step.kind.grid)
+        W, c, grid = piece.W, piece.c, cast(Adaptive, piece.step.grid)
         if piece.factors is not None:
             W = W * piece.factors
         if piece.shift is not None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from whit.allocator import return_memory
 from whit.calibration.moments import Moments
 from whit.grids.grid import Adaptive
-from whit.grids.named import GRIDS
+from whit.grids.named import grid_named
 from whit.models.architecture import GGUFTensor
 from whit.models.links import Links
 from whit.models.model import Model
@@ -346,7 +346,7 @@ def _drawn(weight: Tensor, n: int, even: float = 0.5) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(W: Tensor, name: str, c: Curvature, plain: bool) -> Tensor:
-    grid = GRIDS[name]
+    grid = grid_named(name)
     if plain or not hasattr(grid, "bases"):
         return nearest(W, grid).dequantize()
     return feedback(W, cast(Adaptive, grid), c).dequantize()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whit.allocator import return_memory
-from whit.grids.named import GRIDS
+from whit.grids.named import grid_named
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.stream import BlockStream, pieces
@@ -39,7 +39,7 @@ def measured(model: Model, pairs: Sequence[tuple[str, str]], windows: Tensor, pr
     for done, (name, grid) in enumerate(pairs):
         progress(done + 1, total, f"{name} on {grid}")
         W = tensors[name].read()
-        Q = nearest(W.reshape(-1, W.shape[-1]), GRIDS[grid]).dequantize().reshape(W.shape)
+        Q = nearest(W.reshape(-1, W.shape[-1]), grid_named(grid)).dequantize().reshape(W.shape)
         links.replace(name, Q)
         number = re.match(r"blk\.(\d+)\.", name)
         first = int(number[1]) if number else 0 if name == EMBEDDING else stream.n_blocks

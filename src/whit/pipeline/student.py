@@ -19,15 +19,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from whit.checkpoints.gguf import GGUFFile
 from whit.grids.grid import Adaptive
 from whit.grids.quantized import QuantizedTensor
-from whit.layouts.ggml import GGML_TYPES
+from whit.pipeline.stored import Stored, joined
 
 BETAS, EPSILON = (0.9, 0.99), 1e-12
 FARTHEST = 0.1  # |u|
 REFERENCE_BITS = 4.5  # at which the learning rate is what it is called; it falls with the step of the grid
-STORED = (torch.float16, torch.float32)
+STORED = (torch.float16, torch.bfloat16, torch.float32)
 SPANS, ROWS, VECTORS = 0.1, 1.0, 1.0  # rates of blocks' own changes, of whole rows', of norms' and biases'
 WHOLE = "values"  # the parameter of a vector
 
@@ -87,26 +86,27 @@ class Student:
     n_moving  how many numbers
     """
 
-    def __init__(self, file: GGUFFile) -> None:
-        """Tensors of types that are not decoded here, and of plain floats but for vectors, stay as they are."""
-        self._file = file
+    def __init__(self, stored: Stored, n_bytes: int) -> None:
+        """Tensors of types that are not decoded here, and of plain floats but for vectors, stay as they are.
+
+        n_bytes  of the whole file
+        """
+        self._source = stored
         self._moving: dict[str, dict[str, _Moving]] = {}
         self._steps = 0
         n_weights = 0
-        for name in file.names():
-            info = file.info(name)
-            n_weights += torch.Size(info.shape).numel()
-            kind = GGML_TYPES.get(info.dtype)
-            if kind is not None and kind.fields:
-                params = self._stored(name).params
-                bases = [key for key, value in params.items() if value.dtype in STORED]
-                rate = 2.0 ** (REFERENCE_BITS - kind.grid.bits_per_weight(info.shape[-1]))
-                self._moving[name] = {key: _Moving(params[key].float(), rate) for key in bases}
-        rate = 2.0 ** (REFERENCE_BITS - 8 * file.n_bytes / n_weights)
-        for name in file.names():
-            info = file.info(name)
-            if info.dtype == "F32" and len(info.shape) == 1 and name.rsplit(".", 1)[-1] in ("weight", "bias"):
-                self._moving[name] = {WHOLE: _Moving(file.read(name), rate)}
+        for name in stored.names():
+            n_weights += torch.Size(stored.shape(name)).numel()
+            matrices = stored.matrices(name)
+            if matrices is not None and hasattr(matrices[0].grid, "bases"):
+                q = joined(matrices)
+                bases = [key for key, value in q.params.items() if value.dtype in STORED]
+                rate = 2.0 ** (REFERENCE_BITS - q.grid.bits_per_weight(q.shape[1]))
+                self._moving[name] = {key: _Moving(q.params[key].float(), rate) for key in bases}
+        rate = 2.0 ** (REFERENCE_BITS - 8 * n_bytes / n_weights)
+        for name in stored.names():
+            if len(stored.shape(name)) == 1 and name.rsplit(".", 1)[-1] in ("weight", "bias"):
+                self._moving[name] = {WHOLE: _Moving(stored.read(name), rate)}
         self._moving = {name: parameters for name, parameters in self._moving.items() if parameters}
 
     @property
@@ -122,10 +122,10 @@ class Student:
         """A tensor as a file would hold it now, decoded to float32."""
         parameters = self._moving.get(name)
         if parameters is None:
-            return self._file.read(name)
+            return self._source.read(name)
         if WHOLE in parameters:
             return parameters[WHOLE].value
-        return self._moved(name).dequantize().view(self._file.info(name).shape)
+        return self._moved(name).dequantize().view(self._source.shape(name))
 
     def note(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of the loss by a decoded tensor, of its shape."""
@@ -157,13 +157,14 @@ class Student:
             for u in each.changes():
                 u.copy_(next(held))
 
-    def packed(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and flat bytes of every tensor in which something moved."""
-        for name, parameters in self._moving.items():
-            if WHOLE in parameters:
-                yield name, parameters[WHOLE].value.contiguous().view(torch.uint8)
-            else:
-                yield name, GGML_TYPES[self._file.info(name).dtype].pack(self._moved(name))
+    def moved(self, name: str) -> QuantizedTensor | Tensor:
+        """A tensor in which something moves as it is now: a matrix, or a float32 vector."""
+        parameters = self._moving[name]
+        return parameters[WHOLE].value if WHOLE in parameters else self._moved(name)
+
+    def moving(self) -> list[str]:
+        """The tensors in which something moves."""
+        return list(self._moving)
 
     def _all(self) -> Iterator[tuple[str, str, _Moving]]:
         for name, parameters in self._moving.items():
@@ -171,9 +172,9 @@ class Student:
                 yield name, key, each
 
     def _stored(self, name: str) -> QuantizedTensor:
-        *outer, cols = self._file.info(name).shape
-        kind = GGML_TYPES[self._file.info(name).dtype]
-        return kind.unpack(self._file.raw(name), (torch.Size(outer).numel(), cols))
+        matrices = self._source.matrices(name)
+        assert matrices is not None  # only these move
+        return joined(matrices)
 
     def _moved(self, name: str) -> QuantizedTensor:
         stored = self._stored(name)

@@ -9,7 +9,9 @@ falls.
 
 from __future__ import annotations
 
+import math
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,8 @@ from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.allocate import Allocation, Allocator, Damages
 from whit.pipeline.effort import Calibration
-from whit.pipeline.quantize import Result, write_gguf
+from whit.pipeline.folder import write_model
+from whit.pipeline.quantize import Result
 
 Progress = Callable[[int, int, str], None]
 DOUBT = 1.6  # by which the costs of a kind are taken for more, or for less
@@ -61,12 +64,12 @@ class Trials:
     def of(self, allocation: Allocation, what: str) -> Trial:
         """One file."""
         self._n += 1
-        path = self._folder / f"{self._n}.gguf"
+        path = self._folder / (f"{self._n}.gguf" if allocation.recipe.layout == "gguf" else str(self._n))
 
         def tell(done: int, total: int, part: str) -> None:
             self._tell(done, total, f"{what}: {part}")
 
-        result = write_gguf(self._model, allocation.recipe, path, True, tell, self._calibration)
+        result = write_model(self._model, allocation.recipe, path, True, tell, self._calibration)
         states = final_states(open_model(path), self._windows)
         return Trial(allocation, result, token_measures(states, self._reference, self._windows).kl)
 
@@ -74,7 +77,7 @@ class Trials:
 def repaired(allocator: Allocator, damages: Damages, n_bytes: int, trials: Trials, n: int) -> tuple[Trial, list[str]]:
     """The best of up to n files of at most `n_bytes` after the predicted one, and what was found on the way."""
     best = trials.of(allocator.fit(damages, n_bytes), "as predicted")
-    believed, said = damages, [f"as predicted: KL {best.mean:.5f}"]
+    believed, said = damages, [f"as predicted: KL {best.mean:.4g}"]
     seen = {best.allocation.recipe}
     for what, factors in _doubts(damages):
         if n == 0:
@@ -90,12 +93,12 @@ def repaired(allocator: Allocator, damages: Damages, n_bytes: int, trials: Trial
         tried = trials.of(found, what)
         mean, error = mean_and_error(tried.kl - best.kl)
         kept = mean < -CLEARLY * error
-        said.append(f"{what}: KL {tried.mean:.5f}{', kept' if kept else ''}")
+        said.append(f"{what}: KL {tried.mean:.4g}{', kept' if kept else ''}")
         if kept:
-            best.result.path.unlink()
+            _remove(best.result.path)
             best, believed = tried, doubted
         else:
-            tried.result.path.unlink()
+            _remove(tried.result.path)
     return best, said
 
 
@@ -106,30 +109,48 @@ def promised(allocator: Allocator, damages: Damages, most: float, trials: Trials
     """
     said, best, target = list[str](), None, most
     seen = set()
-    for _ in range(PROMISES):
-        largest = allocator.fit(damages, allocator.most)
-        wanted = allocator.promise(damages, max(target, largest.damage))
+    least = allocator.fit(damages, allocator.most).damage
+    passed, failed = 0.0, math.inf  # the largest prediction that kept it, the smallest that did not
+    for n in range(PROMISES):
+        last = best is None and n == PROMISES - 1
+        wanted = allocator.promise(damages, least if last else max(target, least))
         if wanted.recipe in seen:
-            break
+            if best is not None or wanted.damage <= least:
+                break
+            wanted = allocator.promise(damages, least)
         seen.add(wanted.recipe)
         tried = trials.of(wanted, f"{wanted.n_bytes / 1e6:.1f} MB")
-        said.append(f"{wanted.n_bytes:,} bytes: KL {tried.mean:.5f}")
+        said.append(f"{wanted.n_bytes:,} bytes: KL {tried.mean:.4g}")
         if tried.mean <= most and (best is None or wanted.n_bytes < best.allocation.n_bytes):
             if best is not None:
-                best.result.path.unlink()
+                _remove(best.result.path)
             best = tried
         else:
-            tried.result.path.unlink()
-        # On a logarithmic scale prediction and truth are nearly a constant apart; a little below the promise is enough.
-        target = wanted.damage * 0.97 * most / tried.mean
-        if best is not None and 0.93 * most < best.mean:
+            _remove(tried.result.path)
+        if tried.mean <= most:
+            passed = max(passed, wanted.damage)
+        else:
+            failed = min(failed, wanted.damage)
+        if best is not None and (0.93 * most < best.mean or best.allocation.n_bytes <= allocator.least):
             break
+        # On a logarithmic scale prediction and truth are nearly a constant apart; a little below the promise is enough.
+        target = wanted.damage * 0.97 * most / tried.mean if tried.mean > 0 else math.inf
+        if not passed < target < failed:  # between what is known, where one step leaves it
+            target = (passed * failed) ** 0.5 if passed > 0 and failed < math.inf else failed / 4 or 4 * passed
+            target = 4 * passed if failed == math.inf else target
     if best is None:
         raise RecipeError(
-            f"No file kept KL at or below {most:g} (tried: {'; '.join(said)}). Promise less, or take a preset that "
-            "does more."
+            f"No file kept KL at or below {most:g}, the largest neither (tried: {'; '.join(said)}). Promise less, or "
+            "take a preset that does more."
         )
     return best, said
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _doubts(damages: Damages) -> Iterator[tuple[str, dict[str, float]]]:

@@ -26,7 +26,7 @@ def recipe_named(name: str, rounding: str = "nearest", pure: bool = False, setti
     key = name.lower()
     if key not in RECIPES:
         raise RecipeError(f"There is no recipe called {name!r}. Known recipes: {', '.join(RECIPES)}.")
-    rules = tuple(_override(setting, rounding) for setting in reversed(settings))
+    rules = tuple(override(setting, rounding) for setting in reversed(settings))
     if pure or key in FLOATS:
         return Recipe(key, (*rules, Rule("*", BASE.get(key, key), rounding)), n_overrides=len(rules))
     return Recipe(key, rules, mixture=key, rounding=rounding, n_overrides=len(rules))
@@ -50,7 +50,8 @@ def resolved(recipe: Recipe, tensors: Sequence[tuple[str, tuple[int, ...]]], mod
     return replace(recipe, rules=(*recipe.rules, *rules, Rule("*", common, recipe.rounding)), mixture="")
 
 
-def _override(setting: str, rounding: str) -> Rule:
+def override(setting: str, rounding: str) -> Rule:
+    """A rule of the form `pattern=grid`. Raises RecipeError for another form or an unknown grid."""
     pattern, equals, grid = setting.partition("=")
     if not (pattern and equals and grid):
         raise RecipeError(f"--set {setting!r} is not of the form 'pattern=grid', such as 'blk.*.ffn_down=q6_k'.")

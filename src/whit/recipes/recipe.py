@@ -38,6 +38,8 @@ class Recipe:
     rounding     of the tensors that the mixture chooses types for
     n_overrides  how many of the first rules somebody asked for by hand
     summary      what stands for the rules in print when there is one for every tensor, else empty
+    layout       of the output: "gguf", or one of the folders of recipes/folders.py
+    activations  how runtimes quantize what arrives at the layers, empty for not at all
     """
 
     name: str
@@ -46,6 +48,8 @@ class Recipe:
     rounding: str = "nearest"
     n_overrides: int = 0
     summary: str = ""
+    layout: str = "gguf"
+    activations: str = ""
 
     def rule_for(self, names: Sequence[str]) -> Rule:
         """The first rule that matches any of a tensor's names. Raises RecipeError when none does."""

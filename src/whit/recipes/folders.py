@@ -1,0 +1,74 @@
+"""Recipes for the runtimes of GPUs, by the names that people use: gptq-4bit-g128, awq-4bit-g128, w4a16, w8a8, fp8, ...
+
+    gptq-<2|3|4|8>bit[-g<n>][-asym]    GPTQ; per channel without a group size
+    awq-4bit[-g<n>]                    AWQ, with zero points
+    w<2..8>a16[-g<n>][-asym]           compressed-tensors, weights alone; groups of 128 when nothing is said
+    w8a8                               compressed-tensors, int8 per channel, activations int8 per token
+    fp8                                compressed-tensors, FP8 per channel, activations FP8 per token
+    mxfp4                              compressed-tensors, MXFP4 in groups of 32
+    whit-<grid>                        Whit's own layout, any grid
+
+Embeddings and head stay in float: these runtimes want it so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from whit.errors import RecipeError
+from whit.grids.named import grid_named
+from whit.recipes.named import override
+from whit.recipes.recipe import Recipe, Rule
+
+EXAMPLES = ("gptq-4bit-g128", "awq-4bit-g128", "w4a16", "w8a16", "w8a8", "fp8", "w3a16-g128", "w2a16-g64", "mxfp4")
+GPTQ, AWQ, COMPRESSED, WHIT = "gptq", "awq", "compressed-tensors", "whit"
+FLOAT = "float"  # a folder as transformers writes it
+INT8_TOKENS, FP8_TOKENS = "int8 per token", "fp8 per token"
+LAYOUTS = (GPTQ, AWQ, COMPRESSED, WHIT, FLOAT)
+ACTIVATIONS = ("", INT8_TOKENS, FP8_TOKENS)
+_GPTQ = re.compile(r"gptq-([2348])bit(-g\d+)?(-asym)?")
+_AWQ = re.compile(r"awq-4bit(-g\d+)?")
+_WEIGHTS = re.compile(r"w([2-8])a16(-g\d+|-channel)?(-asym)?")
+_FIXED = {"w8a8": ("int8", INT8_TOKENS), "fp8": ("fp8", FP8_TOKENS), "mxfp4": ("mxfp4", "")}
+
+
+def folder_recipe(name: str, rounding: str = "nearest", settings: Sequence[str] = ()) -> Recipe | None:
+    """The recipe called `name`, None when it is not one of these.
+
+    settings  overrides as `recipe_named` takes them
+    Raises RecipeError for a grid that does not exist and settings of another form.
+    """
+    found = _named(name.lower(), rounding)
+    if found is None or not settings:
+        return found
+    rules = tuple(override(setting, rounding) for setting in reversed(settings))
+    return replace(found, rules=(*rules, *found.rules), n_overrides=len(rules))
+
+
+def _named(key: str, rounding: str) -> Recipe | None:
+    if found := _GPTQ.fullmatch(key):
+        return _recipe(key, GPTQ, f"int{found[1]}{found[2] or ''}{found[3] or ''}", rounding)
+    if found := _AWQ.fullmatch(key):
+        return _recipe(key, AWQ, f"int4{found[1] or ''}-asym", rounding)
+    if found := _WEIGHTS.fullmatch(key):
+        share = {None: "-g128", "-channel": ""}.get(found[2], found[2])
+        return _recipe(key, COMPRESSED, f"int{found[1]}{share}{found[3] or ''}", rounding)
+    if key in _FIXED:
+        grid, activations = _FIXED[key]
+        return _recipe(key, COMPRESSED, grid, rounding, activations)
+    if key.startswith("whit-"):
+        return _recipe(key, WHIT, key.removeprefix("whit-"), rounding)
+    return None
+
+
+def _recipe(name: str, layout: str, grid: str, rounding: str, activations: str = "") -> Recipe:
+    try:
+        grid_named(grid)
+    except RecipeError:
+        raise RecipeError(
+            f"Recipe {name}: groups have 32, 64 or 128 weights; the grid {grid} does not exist."
+        ) from None
+    outer = tuple(Rule(pattern, "f16") for pattern in ("token_embd.weight", "output.weight"))
+    return Recipe(name, (*outer, Rule("*", grid, rounding)), layout=layout, activations=activations)
