@@ -27,6 +27,8 @@ COMMANDS = (
     ("picture",),
     ("sizes",),
     ("budget", SMALL, "--runtime", "Q4_K_M", "IQ4_XS"),
+    ("loading",),
+    ("gpu",),
 )
 
 for command in COMMANDS:

@@ -1,0 +1,128 @@
+"""Equal bits, equal groups, equal tokens: Whit's GPTQ files beside those of GPTQModel, llm-compressor and AutoRound.
+
+`python -m bench.gpu [--bits 4] [--group 64] [--samples 128] [--tools ...] [--iters 200]`. Every tool gets the same
+calibration windows as token ids and writes symmetric groups; embedding and head stay in float. All files are read by
+Whit and measured by one evaluator on text that nobody saw; each tool's own reader says what it makes of its own file.
+Tools live in environments of their own in bench/work, made on first use; each runs with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from bench.peers import WORK
+from whit.calibration.text import default_text, documentation_text, windows
+from whit.evaluation.compare import compare_states, final_states
+from whit.models.open import open_model
+from whit.models.tokenizer import load_tokenizer
+from whit.pipeline.convert import convert
+
+SCRIPTS = Path(__file__).parent / "peer_scripts"
+TORCH = "torch==2.13.0"
+# tool -> environment, packages, script
+TOOLS = {
+    "llm-compressor": ("gpu-peers", ("llmcompressor==0.14.0.1",), "llmcompressor_gptq.py"),
+    "gptqmodel": ("gptq-peer", ("setuptools", "wheel", "gptqmodel==7.6.0"), "gptqmodel_gptq.py"),
+    "autoround": ("ar-peer", ("auto-round==0.16.1",), "autoround.py"),
+}
+WHIT = ("fast-8", "fast", "balanced")  # presets on all windows; `fast` reads 8 when nothing is said
+REPORTED = 24
+
+
+def python_of(tool: str) -> Path:
+    """The interpreter of a tool's environment, which is made when it is not there."""
+    home, packages, _ = TOOLS[tool]
+    python = WORK / home / "bin" / "python"
+    if not python.exists():
+        venv.create(WORK / home, with_pip=True)
+        pip = (python, "-m", "pip", "install", "-q")
+        subprocess.run([*map(str, pip), TORCH], check=True)
+        for package in packages:
+            more = ["--no-build-isolation"] if package.startswith("gptqmodel") else []
+            environment = {**os.environ, "BUILD_CUDA_EXT": "0"}
+            subprocess.run([*map(str, pip), *more, package, TORCH], check=True, env=environment)
+    return python
+
+
+def main() -> None:
+    """One row per tool."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--iters", type=int, default=200, help="of AutoRound")
+    parser.add_argument("--tools", nargs="*", default=[*TOOLS, *WHIT])
+    arguments = parser.parse_args()
+    name = Path(arguments.model).name
+    model = open_model(arguments.model)
+    folder, tokens = WORK / f"{name}-f32", WORK / f"{name}.tokens.safetensors"
+    if not folder.exists():
+        convert(model, "f32", folder, requantize=False)
+    tokenizer = load_tokenizer(model)
+    docs = windows(tokenizer.encode(documentation_text("calibration").content), limit=arguments.samples)
+    save_file({"tokens": docs.contiguous()}, tokens)
+    ids = windows(tokenizer.encode(default_text().content), limit=REPORTED)
+    reference = final_states(model, ids)
+    print(
+        f"{name}, {arguments.bits} bits in groups of {arguments.group}, symmetric, {len(docs)} windows of 512 tokens\n"
+    )
+    print("| tool | KL | same top | perplexity (original) | CPU seconds | wall | peak MB | MB of layers |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for tool in arguments.tools:
+        out = WORK / f"gpu-{name}-{arguments.bits}-{arguments.group}-{tool}"
+        cost = _cost(tool, folder, tokens, out, arguments)
+        found = compare_states(final_states(open_model(out), ids), reference, ids)
+        tensors = open_model(out).tensors
+        layers = sum(tensors.info(each).n_bytes for each in tensors.names() if "_proj" in each)
+        print(
+            f"| {tool} | {found.kl_mean:.5f} ± {found.kl_mean_se:.5f} | {found.same_top:.3f} | {found.perplexity:.3f} "
+            f"({found.perplexity_reference:.3f}) | {cost['cpu_seconds']:.0f} | {cost['wall_seconds']:.0f} | "
+            f"{cost['peak_mb']:.0f} | {layers / 1e6:.2f} |",
+            flush=True,
+        )
+
+
+def _cost(tool: str, folder: Path, tokens: Path, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Run a tool and say what it took; a run that is still there is not made again."""
+    kept = out.with_suffix(".json")
+    if kept.exists() and out.exists():
+        found: dict[str, float] = json.loads(kept.read_text())
+        return found
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if tool in WHIT:
+        started = time.perf_counter()
+        command = [sys.executable, "-c", "import sys; from whit.cli.app import run; sys.exit(run(sys.argv[1:]))"]
+        command += ["quantize", str(folder), "--recipe", f"gptq-{arguments.bits}bit-g{arguments.group}", "-o", str(out)]
+        preset, _, few = tool.partition("-")
+        command += ["--preset", preset, "--calib", "docs", "--windows", few or str(arguments.samples), "--force"]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{tool} failed")
+        found = {"cpu_seconds": used.ru_utime + used.ru_stime, "wall_seconds": time.perf_counter() - started}
+        found["peak_mb"] = used.ru_maxrss / 1024
+    else:
+        script = SCRIPTS / TOOLS[tool][2]
+        command = [str(python_of(tool)), str(script), str(folder), str(tokens), str(out)]
+        command += ["--bits", str(arguments.bits), "--group", str(arguments.group)]
+        command += ["--iters", str(arguments.iters)] if tool == "autoround" else []
+        printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        found = json.loads(printed.strip().splitlines()[-1])
+    kept.write_text(json.dumps(found))
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
