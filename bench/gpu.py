@@ -13,13 +13,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from bench.measure import run
 from bench.peers import WORK
 from whit.calibration.text import default_text, documentation_text, windows
 from whit.evaluation.compare import compare_states, final_states
@@ -35,6 +35,7 @@ TOOLS = {
     "gptqmodel": ("gptq-peer", ("setuptools", "wheel", "gptqmodel==7.6.0"), "gptqmodel_gptq.py"),
     "autoround": ("ar-peer", ("auto-round==0.16.1",), "autoround.py"),
 }
+FASTER = ("llm-compressor-in-bfloat16", "gptqmodel-in-bfloat16")  # on processors with units for it
 WHIT = ("fast-8", "fast", "balanced")  # presets on all windows; `fast` reads 8 when nothing is said
 REPORTED = 24
 
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--iters", type=int, default=200, help="of AutoRound")
-    parser.add_argument("--tools", nargs="*", default=[*TOOLS, *WHIT])
+    parser.add_argument("--tools", nargs="*", default=[*TOOLS, *FASTER, *WHIT])
     arguments = parser.parse_args()
     name = Path(arguments.model).name
     model = open_model(arguments.model)
@@ -100,25 +101,23 @@ def _cost(tool: str, folder: Path, tokens: Path, out: Path, arguments: argparse.
         found: dict[str, float] = json.loads(kept.read_text())
         return found
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    tool, _, dtype = tool.partition("-in-")
     if tool in WHIT:
-        started = time.perf_counter()
         command = [sys.executable, "-c", "import sys; from whit.cli.app import run; sys.exit(run(sys.argv[1:]))"]
         command += ["quantize", str(folder), "--recipe", f"gptq-{arguments.bits}bit-g{arguments.group}", "-o", str(out)]
         preset, _, few = tool.partition("-")
         command += ["--preset", preset, "--calib", "docs", "--windows", few or str(arguments.samples), "--force"]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        _, status, used = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"{tool} failed")
-        found = {"cpu_seconds": used.ru_utime + used.ru_stime, "wall_seconds": time.perf_counter() - started}
-        found["peak_mb"] = used.ru_maxrss / 1024
+        done = run(*command, env=environment)
+        found = {"cpu_seconds": done.cpu_seconds, "wall_seconds": done.seconds}
     else:
-        script = SCRIPTS / TOOLS[tool][2]
-        command = [str(python_of(tool)), str(script), str(folder), str(tokens), str(out)]
+        command = [str(python_of(tool)), str(SCRIPTS / TOOLS[tool][2]), str(folder), str(tokens), str(out)]
         command += ["--bits", str(arguments.bits), "--group", str(arguments.group)]
         command += ["--iters", str(arguments.iters)] if tool == "autoround" else []
-        printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        found = json.loads(printed.strip().splitlines()[-1])
+        command += ["--bfloat16"] if dtype else []
+        done = run(*command, env=environment)
+        lines = [line for line in done.output.splitlines() if line.startswith('{"tool"')]
+        found = json.loads(lines[-1])
+    found["peak_mb"] = done.peak_bytes / 2**20
     kept.write_text(json.dumps(found))
     return found
 

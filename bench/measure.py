@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,27 +18,29 @@ process = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subproce
 output = process.stdout.read()
 _, status, usage = os.wait4(process.pid, 0)
 seconds = time.perf_counter() - started
-print(json.dumps([seconds, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status), output]))
+cpu = usage.ru_utime + usage.ru_stime
+print(json.dumps([seconds, cpu, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status), output]))
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """Wall seconds, peak resident bytes, and everything printed."""
+    """Wall seconds, seconds of processors, peak resident bytes, and everything printed."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     output: str
 
 
-def run(*command: str | Path) -> Run:
+def run(*command: str | Path, env: Mapping[str, str] | None = None) -> Run:
     """Run to the end. Raises RuntimeError with the output when the command fails."""
     wrapped = [sys.executable, "-S", "-c", _WRAPPER, *map(str, command)]
-    done = subprocess.run(wrapped, check=True, capture_output=True, text=True)
-    seconds, peak_bytes, status, output = json.loads(done.stdout)
+    done = subprocess.run(wrapped, check=True, capture_output=True, text=True, env=env)
+    seconds, cpu_seconds, peak_bytes, status, output = json.loads(done.stdout)
     if status:
         raise RuntimeError(f"{command} failed with {status}:\n{output[-2000:]}")
-    return Run(seconds, peak_bytes, output)
+    return Run(seconds, cpu_seconds, peak_bytes, output)
 
 
 def side_by_side(commands: dict[str, Sequence[str | Path]], outputs: Sequence[Path], repeats: int) -> dict[str, Run]:
@@ -56,6 +58,11 @@ def side_by_side(commands: dict[str, Sequence[str | Path]], outputs: Sequence[Pa
             if round_number:
                 runs[name].append(measured)
     return {
-        name: Run(statistics.median(r.seconds for r in of_one), max(r.peak_bytes for r in of_one), of_one[-1].output)
+        name: Run(
+            statistics.median(r.seconds for r in of_one),
+            statistics.median(r.cpu_seconds for r in of_one),
+            max(r.peak_bytes for r in of_one),
+            of_one[-1].output,
+        )
         for name, of_one in runs.items()
     }

@@ -20,7 +20,6 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--iters", type=int, default=200, help="tuning steps a block; 0 for no tuning")
     parser.add_argument("--format", default="auto_gptq", help="the tool's name of the format to save in")
-    parser.add_argument("--bfloat16", action="store_true", help="tune in bfloat16 where it can, the tool's default")
     quantize(parser.parse_args())
 
 

@@ -33,6 +33,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--bits", type=int, required=True)
     made.add_argument("--group", type=int, required=True, help="inputs that share a scale")
     made.add_argument("--asym", action="store_true", help="with zero points")
+    made.add_argument("--bfloat16", action="store_true", help="run the model in bfloat16 rather than float32")
     made.add_argument("--samples", type=int, default=None, help="use the first SAMPLES windows; all when not given")
     return made
 

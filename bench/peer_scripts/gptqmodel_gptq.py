@@ -33,7 +33,8 @@ def quantize(args: argparse.Namespace) -> None:
     make = AWQConfig if args.awq else GPTQConfig
     config = make(bits=args.bits, group_size=args.group, sym=not args.asym, device="cpu")
     # Its AWQ kernels refuse to pack float32.
-    model = GPTQModel.load(str(args.model), config, dtype=torch.float16 if args.awq else torch.float32)
+    dtype = torch.float16 if args.awq else torch.bfloat16 if args.bfloat16 else torch.float32
+    model = GPTQModel.load(str(args.model), config, dtype=dtype)
     print(f"note: GPTQModel works on {model.model.dtype} weights", flush=True)
     common.report_uneven(model.model, args.group, "AWQ refuses" if args.awq else "their last group is shorter")
 

@@ -1,7 +1,7 @@
 """Quantize a Llama with llm-compressor's GPTQModifier; saves compressed-tensors (pack-quantized).
 
 The modifier's own settings: dampening 0.01, blocks of 128, activation order `static`, its default observer.
-Weights stay float32. The cost covers loading, quantizing and saving, not the imports.
+Weights stay float32 unless bfloat16 is asked for. The cost covers loading, quantizing and saving, not the imports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def quantize(args: argparse.Namespace) -> None:
 
     tokens = common.windows(args.tokens, args.samples)
     meter = common.Meter()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     uneven = common.report_uneven(model, args.group, "the tool refuses them, so they stay in float32")

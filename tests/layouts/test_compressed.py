@@ -1,5 +1,7 @@
 """compressed-tensors, against the package's own compressors and decompressors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -7,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from whit.grids.named import grid_named
 from whit.grids.scaled import Offset, PerChannel, PerGroup, Scaled, integer_grid
-from whit.layouts.compressed import FLOAT, INT, MXFP4, PACKED, CompressedTensors, is_dense
+from whit.layouts.compressed import FLOAT, INT, MXFP4, NVFP4, PACKED, CompressedTensors, is_dense
 from whit.rounding.nearest import nearest
 
 W = torch.randn(24, 128, generator=torch.Generator().manual_seed(0)) + 0.3
@@ -56,6 +58,31 @@ def test_mxfp4() -> None:
     decoded = theirs(MXFP4, parts, grid).float()
     assert torch.equal(decoded, q.dequantize())
     assert torch.equal(CompressedTensors(MXFP4).unpack(parts, {}).dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("unit", [2.0**-7, 1 / 300])
+def test_nvfp4(unit: float) -> None:
+    grid = grid_named("nvfp4")
+    assert isinstance(grid, Scaled)
+    grid = replace(grid, unit=unit)
+    q = nearest(W, grid)
+    assert (q.dequantize() - W).norm() < 0.12 * W.norm()
+    layout = CompressedTensors(NVFP4)
+    parts = layout.pack(q)
+    for key, spec in layout.schema(grid, (24, 128)).items():
+        assert (tuple(parts[key].shape), parts[key].dtype) == (spec.shape, spec.dtype)
+    dtype = torch.float8_e4m3fn
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(**weights, scale_dtype=dtype, zp_dtype=dtype), format=NVFP4
+    )
+    decoded = BaseCompressor.get_value_from_registry(NVFP4).decompress(dict(parts), scheme)["weight"].float()
+    torch.testing.assert_close(decoded, q.dequantize(), rtol=2.0**-7, atol=0)  # the package decodes to bfloat16
+    if unit == 2.0**-7:  # whose digits are enough for the product of two numbers of few bits
+        assert torch.equal(decoded, q.dequantize())
+    back = layout.unpack(parts, weights)
+    torch.testing.assert_close(back.dequantize(), q.dequantize(), rtol=1e-6, atol=0)
+    assert torch.equal(back.codes, q.codes)
 
 
 def test_scales_of_sixteen_bits_keep_their_dtype() -> None:

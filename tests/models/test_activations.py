@@ -5,7 +5,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from whit.errors import ModelError
-from whit.models.activations import InputScheme, input_scheme, quantize_inputs
+from whit.models.activations import InputScheme, fixed_scale, input_scheme, quantize_inputs
 
 X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 30.0]).view(2, 1, 1)
 
@@ -28,6 +28,16 @@ def test_a_fixed_scale_comes_from_the_file() -> None:
     assert torch.equal(scheme.apply(torch.tensor([0.6, 1000.0])), torch.tensor([0.5, 63.5]))
     with pytest.raises(ModelError, match="input_scale"):
         input_scheme(arguments, None)
+
+
+def test_a_fixed_range_of_integers_gives_a_few_large_inputs_up_for_the_many() -> None:
+    tokens = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    usual = fixed_scale(tokens, "int")
+    assert 2.5 < usual * 127 <= tokens.abs().max()
+    tokens[0, 0] = 3000.0
+    assert 0.8 * usual < fixed_scale(tokens, "int") < 1.3 * usual
+    assert fixed_scale(tokens, "float") == pytest.approx(3000 / 448)
+    assert fixed_scale(torch.zeros(3, 4), "int") == 1.0
 
 
 @pytest.mark.parametrize("change", [{"num_bits": 4}, {"strategy": "group"}, {"symmetric": False}])

@@ -36,6 +36,18 @@ def test_streamed_hidden_states_are_those_of_the_whole_model(name: str, tmp_path
         torch.testing.assert_close(stream.final(states), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3-pattern", "gpt_neox", "gpt2"])
+def test_attention_is_fused_where_that_is_the_same(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    model = open_model(tmp_path)
+    stream = BlockStream(model, Links(gguf_view(model)).read)
+    hidden = stream.start(windows())[0]
+    stream.fill(0)
+    plain = stream.run(0, hidden)
+    assert stream.fuse_attention(hidden) == (name != "gemma2")  # which caps its scores
+    torch.testing.assert_close(stream.run(0, hidden), plain, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_matrix_of_the_file_has_a_tap_of_its_width(name: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path)

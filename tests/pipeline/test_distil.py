@@ -35,7 +35,7 @@ def saved(kind: str, folder: Path, recipe: str = "q4_0", **changes: object) -> t
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt"])
 def test_gradients_are_those_of_finite_differences(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distil, "_has_bfloat16", lambda: False)
+    monkeypatch.setattr(distil, "has_bfloat16", lambda: False)
     original, file = saved(kind, tmp_path)
     run = distil._Run(open_model(original), open_model(file), TRAIN, HELD_OUT, Training(), lambda *_: None)
     run._gradients(range(len(HELD_OUT)))

@@ -123,6 +123,34 @@ def test_all_layers_of_a_gptq_folder_have_zero_points_of_its_one_version(
         assert torch.equal(found.read(weight).float(), nearest(W, grid).dequantize().float())
 
 
+@pytest.mark.parametrize("kind", ["w8a8-static", "fp8-static"])
+def test_fixed_scales_of_activations_are_those_that_transformers_uses(llama: Path, tmp_path: Path, kind: str) -> None:
+    windows = torch.randint(3, TOY_VOCAB, (8, 32), generator=torch.Generator().manual_seed(0))
+    original = logits(load_module(open_model(llama)))
+    job = FolderJob(open_model(llama), recipe(kind, "feedback"))
+    result = job.write(tmp_path / "out", calibration=Calibration(windows, effort=PRESETS["fast"].effort))
+    assert result.n_bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("model*"))
+    mine = logits(load_module(open_model(tmp_path / "out")))
+    assert (mine - original).norm() < 0.2 * original.norm()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    assert (logits(theirs.eval()) - mine).norm() < 1e-4 * mine.norm()
+
+
+@pytest.mark.parametrize("kind", ["w8a8-static", "fp8-static"])
+def test_fixed_scales_need_text(llama: Path, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(RecipeError, match="found on text"):
+        FolderJob(open_model(llama), recipe(kind)).write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_transformers_reads_four_bit_floats(llama: Path, tmp_path: Path, kind: str) -> None:
+    FolderJob(open_model(llama), recipe(kind)).write(tmp_path / "out")
+    mine = logits(load_module(open_model(tmp_path / "out")))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, attn_implementation="eager")
+    assert (logits(theirs.eval()) - mine).norm() < 0.03 * mine.norm()  # bfloat16: it decodes to nothing else
+
+
 @pytest.mark.parametrize("kind", ["gptq-4bit-g32", "awq-4bit-g32", "w4a16-g32"])
 def test_calibrated_rounding_loses_less_than_plain(llama: Path, tmp_path: Path, kind: str) -> None:
     windows = torch.randint(3, TOY_VOCAB, (8, 32), generator=torch.Generator().manual_seed(0))

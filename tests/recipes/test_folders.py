@@ -30,7 +30,8 @@ def test_names_say_layout_and_grid(name: str, layout: str, grid: str) -> None:
 
 
 def test_activations_are_part_of_the_name() -> None:
-    assert {name for name in EXAMPLES if folder_recipe(name).activations} == {"w8a8", "fp8"}
+    found = {name for name in EXAMPLES if folder_recipe(name).activations}
+    assert found == {"w8a8", "w8a8-static", "fp8", "fp8-static"}
 
 
 def test_other_names_are_not_of_this_kind() -> None:

@@ -4,8 +4,7 @@ One object serves every purpose: its whole is the loss of error feedback, its di
 inputs of the original model beside those of the quantized prefix it also holds C = sum of (x_original - x) x^T, from
 which the target that makes up for earlier layers' errors follows (docs/rounding.md).
 
-Products are made in float32 per batch and added in float64. A float32 product has 24 significant bits and float64
-has 53, so the sum does not depend on the order of batches unless their magnitudes differ by more than 2^29.
+Products are made in float32, of one or a few batches, and added in float64.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ class Moments:
         self._backing = 0.0  # tokens that were not counted here but stand behind the sum
         self._sum = torch.zeros(cols, cols, dtype=torch.float64)
         self._shift = torch.zeros(cols, cols, dtype=torch.float64) if shifted else None
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # batches that are not in the sums yet
 
     @classmethod
     def of_importance(cls, mean: Tensor, n_tokens: int) -> Moments:
@@ -52,7 +52,7 @@ class Moments:
         """These moments with `others` [cols, cols] (a mean of x x^T) counted as `weight` further tokens."""
         backed = Moments(0)
         backed.n_tokens, backed.n_lost, backed.note = self.n_tokens, self.n_lost, note
-        backed._sum, backed._backing = self._sum + weight * others, weight
+        backed._sum, backed._backing = self._total() + weight * others, weight
         return backed
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
@@ -61,23 +61,39 @@ class Moments:
         x         [tokens, cols] float   inputs in the partly quantized model
         original  [tokens, cols] float   inputs of the same tokens in the original model
         """
-        x = x.float()
-        finite = torch.isfinite(x).all(1)
-        if not finite.all():
+        x = x.to(torch.float32, copy=True)  # the model may go on to change its own
+        if not torch.isfinite(x.sum()):
+            finite = torch.isfinite(x).all(1)
             self.n_lost += int((~finite).sum())
             x, original = x[finite], None if original is None else original[finite]
         self.n_tokens += x.shape[0]
         if self._kept and x.shape[0]:
             some = torch.linspace(0, x.shape[0] - 1, min(self._kept, x.shape[0])).round().long()
             self._tokens.append(x[some])
-        self._sum += x.T @ x
-        if self._shift is not None and original is not None:
-            self._shift += (original.float() - x).T @ x
+        self._waiting.append((x, None if original is None else original.float() - x))
+
+    def settle(self) -> None:
+        """Put the batches that came since the last time into the sums, as one product.
+
+        What belongs together is up to the caller; the order of what was settled does not matter, unless magnitudes
+        differ by more than 2^29: a float32 product has 24 significant bits, a float64 sum 53.
+        """
+        if self._waiting:
+            x = torch.cat([batch for batch, _ in self._waiting])
+            shifts = [shift for _, shift in self._waiting if shift is not None]
+            self._waiting.clear()
+            self._sum += x.T @ x
+            if self._shift is not None and shifts:
+                self._shift += torch.cat(shifts).T @ x
+
+    def _total(self) -> Tensor:
+        self.settle()
+        return self._sum
 
     @property
     def H(self) -> Tensor:
         """[cols, cols] float64, mean of x x^T."""
-        return self._sum / max(1, self.n_tokens + self._backing)
+        return self._total() / max(1, self.n_tokens + self._backing)
 
     @property
     def tokens(self) -> Tensor | None:
@@ -92,6 +108,7 @@ class Moments:
     @property
     def C(self) -> Tensor | None:
         """[cols, cols] float64, mean of (x_original - x) x^T, or None."""
+        self.settle()
         return None if self._shift is None else self._shift / max(1, self.n_tokens)
 
     @property
@@ -102,7 +119,7 @@ class Moments:
     @property
     def n_dead(self) -> int:
         """Inputs that were zero for every token."""
-        return int((self._sum.diagonal() == 0).sum())
+        return int((self._total().diagonal() == 0).sum())
 
     def check(self, name: str) -> None:
         """Raise BadWeightsError when too many tokens of `name` were lost."""
@@ -123,7 +140,7 @@ def pooled(experts: Sequence[Moments | None]) -> list[Moments | None]:
     seen = [each for each in experts if each is not None and each.n_tokens]
     if not seen:
         return list(experts)
-    mean = torch.stack([each._sum for each in seen]).sum(0) / sum(each.n_tokens for each in seen)
+    mean = torch.stack([each._total() for each in seen]).sum(0) / sum(each.n_tokens for each in seen)
     cols = mean.shape[0]
     backed: list[Moments | None] = []
     for each in experts:

@@ -175,13 +175,16 @@ class ConfigGroups:
     def label(self, layer: str, infos: Infos) -> str:
         """What to call the type of a layer. Raises ValueError."""
         _, weights = self.group(layer)
-        share = f"-g{weights.get('group_size')}" if weights.get("strategy") == "group" else ""
+        share = f"-g{weights.get('group_size')}" if "group" in str(weights.get("strategy")) else ""
         kind = "fp" if weights.get("type") == "float" else "int"
         return f"{kind}{weights.get('num_bits')}{share}{'' if weights.get('symmetric', True) else '-asym'}"
 
 
 class _Packed(ConfigGroups):
-    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    suffixes = (
+        *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
+        "weight_global_scale",
+    )
 
     def shape(self, layer: str, infos: Infos, read: Callable[[str], Tensor]) -> tuple[int, int]:
         rows, words = infos["weight_packed"].shape
@@ -197,7 +200,7 @@ class _Packed(ConfigGroups):
         form, weights = self.group(layer)
         if "weight_g_idx" in parts:
             raise ValueError("an order of columns (weight_g_idx), which compressed-tensors itself no longer reads")
-        if form not in (compressed.PACKED, compressed.MXFP4):
+        if form not in (compressed.PACKED, compressed.MXFP4, compressed.NVFP4):
             raise ValueError(f"the format {form!r} is not known")
         dense = True
         if form == compressed.PACKED:

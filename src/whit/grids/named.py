@@ -22,6 +22,9 @@ IQ4_NL_LEVELS = Table(
 
 # FP4 (E2M1): two exponent bits, one of the mantissa. Minus zero is another name for zero.
 FP4_LEVELS = Table("fp4", (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6))
+# NVFP4 has a float32 beside the scales of a matrix, usually such that the largest uses all of FP8's range. With a fixed
+# one scales have their full precision from 1.2e-4 to 3.5, that is groups whose largest weights are 7e-4 to 21, and
+# matrices that a runtime fuses agree. Files with others have their own `unit`.
 # FP8 (E4M3, no infinities): every finite value. Minus zero is another name for zero.
 _FP8 = [2.0 ** (max(e, 1) - 10) * (8 * (e > 0) + m) for e in range(16) for m in range(8)][:-1]  # the last is NaN
 FP8_LEVELS = Table("fp8_e4m3", tuple(sorted({sign * x for sign in (-1, 1) for x in _FP8})))
@@ -61,6 +64,7 @@ GRIDS: dict[str, Grid] = {
     "iq3_xxs": Lattice("iq3_xxs", 4, 8, True, 32, 1 / 4),
     "iq3_s": Lattice("iq3_s", 4, 9, False, 32, 1.0),
     "mxfp4": Scaled(FP4_LEVELS, _GGML_GROUP, scale_dtype=torch.float8_e8m0fnu),
+    "nvfp4": Scaled(FP4_LEVELS, PerGroup(16), scale_dtype=torch.float8_e4m3fn, unit=2.0**-7),
     "tq2_0": Scaled(TERNARY_LEVELS, PerGroup(256)),
     "tq1_0": Scaled(Table("trits", (-1, 0, 1)), PerGroup(256), code_bits=52 * 8 / 256),
     **{name: grid for name, grid in _INTEGERS.items() if name not in ALIASES},
@@ -72,17 +76,30 @@ DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 def grid_named(name: str) -> Grid:
     """The grid called `name`, as in GRIDS; `:bf16` or `:f32` after it is the dtype of its scales, `:g_idx` an index of
-    groups.
+    groups, `@0.01` what a stored scale of 1 stands for.
 
     Raises RecipeError that lists the names there are.
     """
     plain, _, dtype = name.partition(":")
+    plain, _, unit = plain.partition("@")
     grid = GRIDS.get(ALIASES.get(plain, plain))
+    if unit and isinstance(grid, Scaled):
+        grid = replace(grid, unit=_unit(unit, name))
     if dtype == INDEX and isinstance(grid, Scaled) and isinstance(grid.scheme, PerGroup):
         return Indexed(grid)
     if grid is None or (dtype and not (dtype in DTYPES and isinstance(grid, Scaled))):
         raise RecipeError(f"There is no grid called {name!r}. Known grids: {', '.join(GRIDS)}.")
     return replace(grid, scale_dtype=DTYPES[dtype]) if dtype and isinstance(grid, Scaled) else grid
+
+
+def _unit(text: str, name: str) -> float:
+    try:
+        unit = float(text)
+    except ValueError:
+        unit = 0.0
+    if not 0 < unit < float("inf"):
+        raise RecipeError(f"{name!r}: {text!r} is not a positive number.")
+    return unit
 
 
 def integer_name(grid: Grid) -> str:
@@ -99,6 +116,9 @@ def grid_name(grid: Grid) -> str:
     if isinstance(grid, Indexed):
         return f"{grid_name(grid.base)}:{INDEX}"
     if isinstance(grid, Scaled):
+        for name, known in GRIDS.items():
+            if isinstance(known, Scaled) and replace(known, unit=grid.unit) == grid:
+                return f"{name}@{grid.unit!r}"
         for dtype, stored in DTYPES.items():
             for name, known in GRIDS.items():
                 if (

@@ -54,7 +54,7 @@ def _scaled(
     if per_row % groups:
         return None  # larger groups, whose scales would have to be equal
     params = {name: _spread(value, q.shape[0], per_row) for name, value in q.params.items() if name != INDEX}
-    scale = params["scale"]
+    scale = params["scale"] = params["scale"].float() * (source.unit / target.unit)
     if source.levels == target.levels and source.offset is target.offset:
         return q.codes, {name: value.to(_dtype(name, target)) for name, value in params.items()}
     if not (isinstance(source.levels, Integers) and isinstance(target.levels, Integers)):

@@ -7,7 +7,7 @@ GPTQ, AWQ and compressed-tensors, and per-channel int8. Two-level scales (K-quan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -56,6 +56,7 @@ class Scaled:
     offset       what is stored besides the scale
     scale_dtype  dtype in which the file stores the scale (and the minimum)
     code_bits    bits of a stored code where that is no whole number
+    unit         what a stored scale of 1 stands for
     """
 
     levels: Levels
@@ -63,8 +64,11 @@ class Scaled:
     offset: Offset = Offset.NONE
     scale_dtype: torch.dtype = torch.float16
     code_bits: float | None = None
+    unit: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.unit != 1 and self.offset is Offset.MINIMUM:
+            raise ValueError("a minimum is stored as it is, so that scales have to be, too")
         if self.offset is not Offset.NONE and not (isinstance(self.levels, Integers) and self.levels.zero == 0):
             raise ValueError(f"a {self.offset.value} needs unsigned integer levels, found {self.levels}")
 
@@ -117,6 +121,8 @@ class Scaled:
         Source: the reference encoders of GGML (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0); OCP Microscaling Formats 1.0, 6.3.
         """
         x = self._blocks(W)  # [n_rows, n_groups, size]
+        if self.unit != 1:
+            x = x / self.unit
         if self.offset is Offset.NONE:
             largest = self._largest(x)
             if self.scale_dtype is POWER_OF_TWO:  # the exponents of both, whatever the fractions: the MX rule
@@ -138,19 +144,21 @@ class Scaled:
         """
         weights = torch.ones_like(W) if weights is None else weights
         x, importance = self._blocks(W), self._blocks(weights.expand_as(W))
-        start = self.fit(W)
+        start, plain = self.fit(W), self
+        if self.unit != 1:
+            x, plain = x / self.unit, replace(self, unit=1.0)
         if self.offset is Offset.NONE:
-            return search_scale(x, importance, start, self)
+            return search_scale(x, importance, start, plain)
         if self.offset is Offset.MINIMUM:
-            return search_minimum(x, importance, start, self)
-        return search_zero_point(x, importance, start, self)
+            return search_minimum(x, importance, start, plain)
+        return search_zero_point(x, importance, start, plain)
 
     def store(self, params: Params) -> Params:
         """Scales and minima rounded to `scale_dtype`, zero points to uint8. Raises OverflowError."""
         stored = {}
         for name, value in params.items():
             stored[name] = value.to(torch.uint8 if name == "zero" else self.scale_dtype)
-            if name != "zero" and not torch.isfinite(stored[name]).all():
+            if name != "zero" and not self._holds(value, stored[name]):
                 raise OverflowError(
                     f"a {name} of {value.abs().max():.3g} does not fit {str(self.scale_dtype).removeprefix('torch.')}"
                 )
@@ -166,7 +174,7 @@ class Scaled:
 
     def effective(self, params: Params) -> tuple[Tensor, Tensor | None]:
         """Scale and offset [rows, groups] float32."""
-        scale = params["scale"].float()
+        scale = self._scale(params)
         if self.offset is Offset.ZERO_POINT:
             return scale, -scale * params["zero"].float()
         return scale, params["minimum"].float() if self.offset is Offset.MINIMUM else None
@@ -178,8 +186,10 @@ class Scaled:
     def bases(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         """The levels for the scale (less the zero point), ones for the minimum."""
         levels = self.levels.values(codes)
+        if self.unit != 1:
+            levels = levels * self.unit
         if self.offset is Offset.ZERO_POINT:
-            blocks = self._blocks(levels) - params["zero"].float()[..., None]
+            blocks = self._blocks(levels) - params["zero"].float()[..., None] * self.unit
             return {"scale": blocks.view(codes.shape)}
         if self.offset is Offset.MINIMUM:
             return {"scale": levels, "minimum": torch.ones_like(levels)}
@@ -187,7 +197,7 @@ class Scaled:
 
     def round_blocks(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """As `round`, on weights [n_rows, n_groups, size] and parameters [n_rows, n_groups]."""
-        inverse = _inverse(params["scale"].float())[..., None]
+        inverse = _inverse(self._scale(params))[..., None]
         if self.offset is Offset.MINIMUM:
             return self.levels.nearest((x - params["minimum"].float()[..., None]).mul_(inverse))
         x = x * inverse
@@ -200,10 +210,21 @@ class Scaled:
         values = self.levels.values(codes)
         if self.offset is Offset.ZERO_POINT:
             values -= params["zero"].float()[..., None]
-        values *= params["scale"].float()[..., None]
+        values *= self._scale(params)[..., None]
         if self.offset is Offset.MINIMUM:
             values += params["minimum"].float()[..., None]
         return values
+
+    def _scale(self, params: Mapping[str, Tensor]) -> Tensor:
+        scale = params["scale"].float()
+        return scale if self.unit == 1 else scale * self.unit
+
+    def _holds(self, value: Tensor, stored: Tensor) -> bool:
+        """Whether nothing overflowed. Types of 8 bits do not say so: they take the largest number that they have."""
+        largest = torch.finfo(stored.dtype)
+        if largest.bits == 8:
+            return bool((value.abs() <= largest.max).all())
+        return bool(torch.isfinite(stored).all())
 
     @property
     def _anchor(self) -> float:

@@ -5,6 +5,8 @@
     int-quantized         weight int8 [out, in], weight_scale [out, 1] or [out, groups], weight_zero_point int8
     float-quantized       weight float8 (E4M3) [out, in], weight_scale [out, 1] or [1]
     mxfp4-pack-quantized  weight_packed uint8 [out, in / 2], weight_scale uint8 [out, in / 32]
+    nvfp4-pack-quantized  weight_packed uint8 [out, in / 2], weight_scale float8 (E4M3) [out, in / 16],
+                          weight_global_scale float32 [1], which scales are divided by
 
 Integers are signed: what is stored is code - 2^(b-1), in packed words with that offset added again, so that words hold
 codes as they are here. Packing is one dense stream of bits since May 2026 (the package's pull request 715); before it,
@@ -15,7 +17,7 @@ Source: docs/formats.md; checked against the package itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -29,9 +31,10 @@ from whit.grids.quantized import QuantizedTensor
 from whit.grids.scaled import Offset, PerChannel, PerGroup, PerTensor, Scaled, integer_grid
 from whit.layouts.words import WORD, n_words, pack_words, unpack_words
 
-PACKED, INT, FLOAT, MXFP4 = "pack-quantized", "int-quantized", "float-quantized", "mxfp4-pack-quantized"
+PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
 NAIVE = "naive-quantized"  # another label of the layouts of INT and FLOAT
-FORMATS = (PACKED, INT, FLOAT, NAIVE, MXFP4)
+FORMATS = (PACKED, INT, FLOAT, NAIVE, MXFP4, NVFP4)
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 FP4_SIGN = 8
 
@@ -53,13 +56,18 @@ class CompressedTensors:
             return "compressed-tensors holds one level of scales with zero points or none"
         if self.format == MXFP4:
             fits = grid.levels == FP4_LEVELS and grid.scheme == PerGroup(32)
+        elif self.format == NVFP4:
+            fits = grid.levels == FP4_LEVELS and grid.scheme == PerGroup(16)
+            fits = fits and grid.scale_dtype == torch.float8_e4m3fn
         elif self.format == FLOAT:
             fits = grid.levels == FP8_LEVELS and grid.offset is Offset.NONE
         else:
             fits = isinstance(grid.levels, Integers) and (self.format == PACKED or grid.levels.bits == 8)
         if not fits:
             return f"{self.format} does not hold this grid"
-        if self.format != MXFP4 and grid.scale_dtype not in SCALES:
+        if self.format != NVFP4 and grid.unit != 1:
+            return f"{self.format} has no global scale"
+        if self.format not in (MXFP4, NVFP4) and grid.scale_dtype not in SCALES:
             return f"scales of {self.format} are floats of 16 or 32 bits"
         if shape[1] % grid.spans(shape[1])[0]:
             return f"{shape[1]} inputs do not divide into groups of {grid.spans(shape[1])[0]}"
@@ -73,6 +81,9 @@ class CompressedTensors:
         blocks = (1,) if isinstance(grid.scheme, PerTensor) else scale.shape
         if self.format == MXFP4:
             return {"weight_packed": Spec((rows, cols // 2), torch.uint8), "weight_scale": Spec(blocks, torch.uint8)}
+        if self.format == NVFP4:
+            packed, overall = Spec((rows, cols // 2), torch.uint8), Spec((1,), torch.float32)
+            return {"weight_packed": packed, "weight_scale": Spec(blocks, scale.dtype), "weight_global_scale": overall}
         if self.format == FLOAT:
             return {"weight": Spec(shape, torch.float8_e4m3fn), "weight_scale": Spec(blocks, scale.dtype)}
         zero = grid.offset is Offset.ZERO_POINT
@@ -97,10 +108,13 @@ class CompressedTensors:
         grid, codes, params = quantized.grid, quantized.codes, quantized.params
         assert isinstance(grid, Scaled)
         scale = params["scale"].flatten() if isinstance(grid.scheme, PerTensor) else params["scale"]
-        if self.format == MXFP4:
+        if self.format in (MXFP4, NVFP4):
             nibbles = _fp4_nibbles(codes)
-            packed = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
-            return {"weight_packed": packed.contiguous(), "weight_scale": scale.view(torch.uint8)}
+            packed = (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).contiguous()
+            if self.format == MXFP4:
+                return {"weight_packed": packed, "weight_scale": scale.view(torch.uint8)}
+            overall = torch.tensor([1 / grid.unit], dtype=torch.float32)
+            return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": overall}
         if self.format == FLOAT:
             return {"weight": grid.levels.values(codes).to(torch.float8_e4m3fn), "weight_scale": scale}
         if self.format == INT:
@@ -123,12 +137,8 @@ class CompressedTensors:
         Raises ValueError when the tensors do not belong together or the scheme is not one of these.
         """
         scale = parts["weight_scale"]
-        if self.format == MXFP4:
-            packed = parts["weight_packed"]
-            nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
-            grid = Scaled(FP4_LEVELS, PerGroup(32), scale_dtype=torch.float8_e8m0fnu)
-            shape = nibbles.shape[0], nibbles.shape[1]
-            return QuantizedTensor(grid, shape, _fp4_codes(nibbles), {"scale": scale.view(torch.float8_e8m0fnu)})
+        if self.format in (MXFP4, NVFP4):
+            return self._fp4(parts)
         if scale.dtype not in SCALES:
             raise ValueError(f"weight_scale is {scale.dtype}, expected a float of 16 or 32 bits")
         if self.format in (INT, FLOAT, NAIVE):
@@ -147,6 +157,21 @@ class CompressedTensors:
             grid = integer_grid(8, scheme, symmetric, scale.dtype)
             return QuantizedTensor(grid, (rows, cols), _unsigned(weight), params)
         return self._unpacked(parts, weights)
+
+    def _fp4(self, parts: Mapping[str, Tensor]) -> QuantizedTensor:
+        packed, scale = parts["weight_packed"], parts["weight_scale"]
+        nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+        rows, cols = nibbles.shape
+        size = 32 if self.format == MXFP4 else 16
+        if tuple(scale.shape) != (rows, cols // size):
+            raise ValueError(f"weight_scale is {list(scale.shape)}, expected {[rows, cols // size]}")
+        grid = Scaled(FP4_LEVELS, PerGroup(size), scale_dtype=torch.float8_e8m0fnu)
+        if self.format == NVFP4:
+            overall = parts["weight_global_scale"].float()
+            if overall.numel() != 1 or not 0 < overall.item() < float("inf") or scale.dtype != torch.float8_e4m3fn:
+                raise ValueError("weight_global_scale is not one positive number beside scales of FP8 (E4M3)")
+            grid = replace(grid, scale_dtype=scale.dtype, unit=1 / overall.item())
+        return QuantizedTensor(grid, (rows, cols), _fp4_codes(nibbles), {"scale": scale.view(grid.scale_dtype)})
 
     def _unpacked(self, parts: Mapping[str, Tensor], weights: Mapping[str, Any]) -> QuantizedTensor:
         bits, scale = int(weights["num_bits"]), parts["weight_scale"]
@@ -175,7 +200,7 @@ class CompressedTensors:
 def format_of(grid: Scaled, activations: bool) -> str:
     """The format that holds a grid, with or without quantized activations. Raises ValueError when none does."""
     if grid.levels == FP4_LEVELS:
-        return MXFP4
+        return MXFP4 if grid.scale_dtype == torch.float8_e8m0fnu else NVFP4
     if grid.levels == FP8_LEVELS:
         return FLOAT
     if not isinstance(grid.levels, Integers):

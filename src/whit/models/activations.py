@@ -20,8 +20,10 @@ from whit.checkpoints.schemes import ConfigGroups
 from whit.errors import ModelError
 from whit.models.model import Model
 
+INPUT_SCALE = "input_scale"  # beside a layer's weight
 INT_HIGH, INT_RANGE = 127.0, 255.0
 FP8_HIGH = 448.0
+SHRINK, N_SHRUNK = 0.85, 50  # ranges that are tried: the last is a three-thousandth of the first
 TINY = torch.finfo(torch.float32).eps
 
 
@@ -49,6 +51,28 @@ class InputScheme:
         if self.kind == "int":
             return (x / scale).round().clamp(-INT_HIGH - 1, INT_HIGH) * scale
         return (x / scale).clamp(-FP8_HIGH, FP8_HIGH).to(torch.float8_e4m3fn).float() * scale
+
+
+def fixed_scale(tokens: Tensor, kind: str) -> float:
+    """The static scale for inputs like these.
+
+    tokens  [n, cols] float32
+    kind    "int" or "float"
+    FP8 keeps its precision over 15 binades, so its range covers everything. For int8 the range is the one of least
+    squared error, that of every token as a share of its size: a few tokens have inputs a thousand times as large as
+    all others, and with a range for them the others would be nothing but zeros.
+    """
+    largest = tokens.abs().max().item()
+    if largest == 0:
+        return 1.0
+    if kind == "float":
+        return largest / FP8_HIGH
+    sizes = tokens.square().sum(1).clamp(min=TINY)
+    scales = [largest * SHRINK**n / INT_HIGH for n in range(N_SHRUNK)]
+    errors = [
+        ((InputScheme(kind, False, each).apply(tokens) - tokens).square().sum(1) / sizes).mean() for each in scales
+    ]
+    return scales[int(torch.stack(errors).argmin())]
 
 
 def input_scheme(arguments: Mapping[str, Any] | None, scale: Tensor | None) -> InputScheme | None:
@@ -82,7 +106,7 @@ def input_schemes(model: Model) -> dict[str, InputScheme]:
         if not model.tensors.is_quantized(name):
             continue
         layer = name.removesuffix(WEIGHT)
-        scheme = input_scheme(groups.inputs(layer), model.tensors.stored(name, "input_scale"))
+        scheme = input_scheme(groups.inputs(layer), model.tensors.stored(name, INPUT_SCALE))
         if scheme is not None:
             found[layer] = scheme
     return found

@@ -24,6 +24,8 @@ from whit.models.model import Model
 from whit.models.skeleton import check_finite, config_and_class, quiet
 
 Weights = Mapping[str, Tensor]
+FUSED = "sdpa"  # transformers' name
+SAME = 1e-4  # relative difference of what a block adds
 LOGITS = 1 << 24  # values in one piece of logits
 Read = Callable[[str, tuple[int, ...]], Tensor]  # name and shape of a parameter -> its values
 
@@ -116,6 +118,23 @@ class BlockStream:
         with torch.set_grad_enabled(hidden.requires_grad):
             out = _called(self._blocks[index], weights, (hidden, *call.args), call.kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def fuse_attention(self, hidden: Tensor) -> bool:
+        """From now on compute attention in one fused operation, if that is the same; returns whether it is.
+
+        hidden  what the first block is given, which must be filled
+        Fused attention knows no caps on its scores and no sinks, so models that have them show it here.
+        """
+        config = self._module.config.get_text_config()
+        plain, expected = config._attn_implementation, self.run(0, hidden)
+        try:
+            config._attn_implementation = FUSED
+            fused = (self.run(0, hidden) - expected).norm() <= SAME * (expected - hidden).norm()
+        except (RuntimeError, TypeError, ValueError):  # whatever a model's own attention does not take
+            fused = torch.tensor(False)
+        if not fused:
+            config._attn_implementation = plain
+        return bool(fused)
 
     def prefix(self, index: int) -> str:
         """What stands before the names of a block's parameters in the whole model."""

@@ -23,6 +23,7 @@ from whit.allocator import keep_large_apart, return_memory
 from whit.calibration.moments import Moments
 from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.grids.quantized import QuantizedTensor
+from whit.models.activations import fixed_scale
 from whit.models.architecture import GGUFView
 from whit.models.links import Links
 from whit.models.model import Model
@@ -34,6 +35,8 @@ from whit.pipeline.inputs import Inputs, moments_of
 from whit.pipeline.plain import plain_pieces
 from whit.pipeline.plan import Piece, Rounded, Step
 from whit.pipeline.rounder import Rounder, Task
+from whit.products import coarse_products
+from whit.recipes.folders import FIXED, SMOOTHED
 from whit.transforms.absorb import block_pairs, head_pair
 
 Progress = Callable[[int, int, str], None]
@@ -44,7 +47,8 @@ HEADS = ("output.weight", "token_embd.weight")
 class CalibratedRun:
     """One pass over a model.
 
-    rounder  holds what every tensor lost, filled while `tensors` is consumed
+    rounder       holds what every tensor lost, filled while `tensors` is consumed
+    input_scales  fixed scales of what arrives at tensors, where there are to be some; filled likewise
     """
 
     def __init__(
@@ -54,15 +58,18 @@ class CalibratedRun:
         steps: tuple[Step, ...],
         calibration: Calibration,
         progress: Progress | None,
-        smooth: bool = False,
+        activations: str = "",
     ) -> None:
         """For one model.
 
-        view    its tensors as the file will name them
-        steps   one per tensor of the file
-        smooth  inputs will be quantized to integers too: columns are rescaled for both
+        view         its tensors as the file will name them
+        steps        one per tensor of the file
+        activations  how runtimes will quantize what arrives at layers, as in a recipe
         """
-        self._kept = KEPT if smooth else 0
+        self._smooth, self._fixed = activations in SMOOTHED, activations in FIXED
+        self._kind = "int" if self._smooth else "float"
+        self._kept = KEPT if self._smooth or self._fixed else 0
+        self.input_scales: dict[str, float] = {}
         self._steps = {step.tensor.name: step for step in steps}
         self._links, self._calibration = Links(view), calibration
         self._stream = BlockStream(model, self._links.read)
@@ -92,14 +99,17 @@ class CalibratedRun:
     def _block(self, index: int, hidden: list[Tensor], original: list[Tensor]) -> Iterator[Rounded]:
         stream, links, prefix = self._stream, self._links, self._stream.prefix(index)
         block = stream.fill(index)
+        if index == 0:
+            stream.fuse_attention(hidden[0])
         inputs = Inputs(prefix, self._kept)
-        for n, window in enumerate(hidden):
-            if original:
-                with watched(block, inputs.remember):
-                    original[n] = stream.run(index, original[n])
-            with watched(block, inputs.see):
-                stream.run(index, window)
-            inputs.forget()
+        with coarse_products():
+            for n, window in enumerate(hidden):
+                if original:
+                    with watched(block, inputs.remember):
+                        original[n] = stream.run(index, original[n])
+                with watched(block, inputs.see):
+                    stream.run(index, window)
+                inputs.forget()
         self.rounder.forget()
         return_memory()
         steps = {name: self._steps.pop(name) for name in links.gguf_names(prefix)}
@@ -107,11 +117,13 @@ class CalibratedRun:
         tasks = []
         for name in steps:
             step = change.steps.get(name, steps[name])
+            self._fix_inputs(step, inputs.of(links.slots(name)[0]), change.columns.get(name))
             tasks.append(Task(step, moments_of(step.tensor.shape, inputs, links.slots(name)), change.columns.get(name)))
         yield from self._rounded(tasks, install=True)
         stream.fill(index)
-        for n, window in enumerate(hidden):
-            hidden[n] = stream.run(index, window)
+        with coarse_products():
+            for n, window in enumerate(hidden):
+                hidden[n] = stream.run(index, window)
         stream.empty(index)
         links.restore()
         return_memory()
@@ -119,7 +131,8 @@ class CalibratedRun:
     def _ends(self, hidden: list[Tensor]) -> Iterator[Rounded]:
         """What is left: embeddings, final norm, head."""
         head = next(name for name in HEADS if name in self._steps)
-        moments = _final(self._stream, hidden) if self._steps[head].needs_moments else None
+        with coarse_products():
+            moments = _final(self._stream, hidden) if self._steps[head].needs_moments else None
         hidden.clear()  # the head is the largest matrix: room for it
         return_memory()
         self.rounder.forget()
@@ -153,7 +166,12 @@ class CalibratedRun:
             sound = [pair for pair, after in zip(pairs, outputs[1:], strict=True) if unchanged(outputs[0], after)]
             self._sound = {pair.producers[0].removeprefix(prefix) for pair in sound}
         pairs = [pair for pair in pairs if pair.producers[0].removeprefix(prefix) in self._sound]
-        return folded(pairs, steps, lambda name: inputs.of(links.slots(name)[0]), self.rounder)
+        return folded(pairs, steps, lambda name: inputs.of(links.slots(name)[0]), self.rounder, self._smooth)
+
+    def _fix_inputs(self, step: Step, seen: Moments | None, factors: Tensor | None) -> None:
+        if self._fixed and step.needs_moments and seen is not None and seen.tokens is not None:
+            tokens = seen.tokens if factors is None else seen.tokens / factors
+            self.input_scales[step.tensor.name] = fixed_scale(tokens, self._kind)
 
     def _rounded(self, tasks: list[Task], install: bool = False) -> Iterator[Rounded]:
         """The tensors of all tasks; decoded values go into the block."""
@@ -221,5 +239,6 @@ def _final(stream: BlockStream, hidden: list[Tensor]) -> Moments:
         final = stream.final(window)
         moments = moments or Moments(final.shape[1])
         moments.add(final)
+        moments.settle()
     assert moments is not None  # there is at least one window
     return moments

@@ -42,6 +42,7 @@ from whit.pipeline.plan import Piece, Plan, Rounded, Step
 from whit.pipeline.quantize import model_view
 from whit.pipeline.stored import Stored, split_rows, stored_of
 from whit.pipeline.student import Student
+from whit.products import has_bfloat16
 from whit.rounding.nearest import nearest
 
 Progress = Callable[[int, int, str], None]
@@ -402,8 +403,4 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 def _fast() -> torch.autocast:
     """bfloat16 products where the processor has them."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=_has_bfloat16())
-
-
-def _has_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from whit.errors import BadWeightsError, RecipeError
 from whit.grids.floats import Float
 from whit.grids.grid import Spec
 from whit.grids.quantized import QuantizedTensor
+from whit.models.activations import INPUT_SCALE
 from whit.models.architecture import head_name
 from whit.models.links import Links
 from whit.models.model import Model
@@ -32,7 +33,7 @@ from whit.pipeline.plain import plain_tensors
 from whit.pipeline.plan import Plan, Rounded, Step
 from whit.pipeline.quantize import Progress, Result, model_view, plan_gguf, predicted_bytes, write_gguf
 from whit.pipeline.stored import joined
-from whit.recipes.folders import INT8_TOKENS
+from whit.recipes.folders import FIXED
 from whit.recipes.recipe import Recipe
 
 # What else belongs to a model: copied from the source folder as it is.
@@ -60,6 +61,7 @@ class FolderJob:
         self._view = model_view(model)
         self._links = Links(self._view)
         self._dtype = dtype or _dtype(model)
+        self._fixed = recipe.activations in FIXED
         self._homes: dict[str, list[str]] = {}  # GGUF tensor -> weights in the folder
         for name in self._links.disk_names():
             self._homes.setdefault(self._links.source(name)[0], []).append(name)
@@ -91,6 +93,10 @@ class FolderJob:
             self._shards.create(folder)
             if tensors is not None:
                 self._write(tensors)
+            elif self._fixed and (calibration is None or calibration.importance is not None):
+                raise RecipeError(
+                    "Fixed scales of activations are found on text: take a preset, or w8a8 and fp8 as such."
+                )
             elif not any(step.needs_moments for step in self.plan.steps):
                 self._write(plain_tensors(self.plan.steps, progress))
             elif calibration is None or calibration.importance is not None:
@@ -98,9 +104,9 @@ class FolderJob:
             else:
                 from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
 
-                smooth = self._recipe.activations == INT8_TOKENS
-                run = CalibratedRun(self._model, self._view, self.plan.steps, calibration, progress, smooth)
-                self._write(run.tensors())
+                activations = self._recipe.activations
+                run = CalibratedRun(self._model, self._view, self.plan.steps, calibration, progress, activations)
+                self._write(run.tensors(), run.input_scales)
                 losses = run.rounder.losses
             self._shards.close()
             self._beside(folder)
@@ -120,9 +126,10 @@ class FolderJob:
         refused = layout.refuses(step.grid, matrix)
         if refused:
             raise RecipeError(f"{name}: {refused}. Keep it in float with --set '{step.tensor.name}=f16'.")
-        return {f"{layer}.{suffix}": spec for suffix, spec in layout.schema(step.grid, matrix).items()}
+        specs = {f"{layer}.{suffix}": spec for suffix, spec in layout.schema(step.grid, matrix).items()}
+        return specs | ({f"{layer}.{INPUT_SCALE}": Spec((1,), torch.float32)} if self._fixed else {})
 
-    def _write(self, tensors: Iterable[Rounded]) -> None:
+    def _write(self, tensors: Iterable[Rounded], input_scales: Mapping[str, float] | None = None) -> None:
         for step, pieces in tensors:
             matrices = _matrices(step, [each for each in pieces if isinstance(each, QuantizedTensor)])
             if isinstance(step.grid, Float):
@@ -132,6 +139,8 @@ class FolderJob:
             for name in self._homes.get(step.tensor.name, ()):
                 _, expert = self._links.source(name)
                 parts = layout.pack(_rows(matrices[expert], *self._links.disk_rows(name)))
+                if input_scales is not None and self._fixed:
+                    parts |= {INPUT_SCALE: torch.tensor([input_scales[step.tensor.name]])}
                 for suffix, value in parts.items():
                     self._shards.write(f"{name.removesuffix(WEIGHT)}.{suffix}", value)
 

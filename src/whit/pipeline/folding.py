@@ -44,12 +44,17 @@ class Folded:
 
 
 def folded(
-    pairs: list[Pair], steps: Mapping[str, Step], moments: Callable[[str], Moments | None], rounder: Rounder
+    pairs: list[Pair],
+    steps: Mapping[str, Step],
+    moments: Callable[[str], Moments | None],
+    rounder: Rounder,
+    smooth: bool = False,
 ) -> Folded:
     """Choose factors for every pair and fold them.
 
     steps    the block's, by tensor name
     moments  of what arrives at a matrix
+    smooth   whether that is quantized too; moments hold some of it
     """
     todo: list[_Task] = []
     for pair in pairs:
@@ -58,7 +63,7 @@ def folded(
         samples = _samples(pair, steps)
         stored = any(step.stored is not None and not isinstance(step.grid, Float) for step in involved)
         if samples and not stored and seen is not None and not seen.is_empty:
-            todo.append((pair, samples, rounder.curvature_of(seen), seen.tokens))
+            todo.append((pair, samples, rounder.curvature_of(seen), seen.tokens if smooth else None))
     chosen = spread(_chosen, todo, lambda each: len(each[1]) * len(each[0].channel) ** 1.2)
     result = Folded({}, {})
     for (pair, *_), found in zip(todo, chosen, strict=True):

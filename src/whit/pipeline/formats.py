@@ -20,7 +20,7 @@ from whit.grids.named import grid_name
 from whit.grids.quantized import QuantizedTensor
 from whit.grids.scaled import Offset, PerChannel, PerGroup, Scaled
 from whit.layouts.awq import AWQ
-from whit.layouts.compressed import FLOAT, INT, MXFP4, NAIVE, PACKED, CompressedTensors, format_of
+from whit.layouts.compressed import FLOAT, INT, MXFP4, NAIVE, NVFP4, PACKED, CompressedTensors, format_of
 from whit.layouts.gptq import GPTQ
 from whit.layouts.native import Native
 from whit.recipes import folders
@@ -29,6 +29,8 @@ WITH_ACTIVATIONS = {PACKED: INT, NAIVE: FLOAT}
 INPUTS: dict[str, dict[str, Any]] = {
     folders.INT8_TOKENS: {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     folders.FP8_TOKENS: {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+    folders.INT8_FIXED: {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
+    folders.FP8_FIXED: {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
 
 
@@ -163,14 +165,19 @@ def _compressed_config(said: Said) -> dict[str, Any]:
 def _weights(grid: Grid) -> dict[str, Any]:
     assert isinstance(grid, Scaled)
     found = {
-        "num_bits": 4 if format_of(grid, False) == MXFP4 else grid.levels.bits,
+        "num_bits": 4 if format_of(grid, False) in (MXFP4, NVFP4) else grid.levels.bits,
         "type": "int" if isinstance(grid.levels, Integers) else "float",
         "symmetric": grid.offset is Offset.NONE,
         "dynamic": False,
         "group_size": None,
         "strategy": "channel" if isinstance(grid.scheme, PerChannel) else "tensor",
     }
-    return found | ({"strategy": "group", "group_size": grid.scheme.size} if isinstance(grid.scheme, PerGroup) else {})
+    if not isinstance(grid.scheme, PerGroup):
+        return found
+    if format_of(grid, False) != NVFP4:
+        return found | {"strategy": "group", "group_size": grid.scheme.size}
+    fp8 = "torch.float8_e4m3fn"
+    return found | {"strategy": "tensor_group", "group_size": grid.scheme.size, "scale_dtype": fp8, "zp_dtype": fp8}
 
 
 def _whit_config(said: Said) -> dict[str, Any]:

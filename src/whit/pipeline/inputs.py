@@ -16,6 +16,9 @@ def moments_of(shape: tuple[int, ...], inputs: Inputs, slots: list[Slot]) -> lis
     return pooled(found)
 
 
+TOGETHER = 4  # windows in one product
+
+
 class Inputs:
     """The moments of one block's inputs; weights that are given the same tensor share them."""
 
@@ -24,6 +27,7 @@ class Inputs:
         self._prefix, self._kept = prefix, kept
         self._moments: dict[Slot, Moments] = {}
         self._original: dict[Slot, Tensor] = {}
+        self._windows = 0
         self._seen: list[tuple[Tensor, Moments]] = []  # of the current window; holding them keeps them apart
 
     def remember(self, slot: Slot, x: Tensor) -> None:
@@ -38,7 +42,9 @@ class Inputs:
             return
         original = self._original.get(slot) if slot[1] is None else None  # experts are given other tokens
         cols = x.shape[-1]
-        moments = self._moments.setdefault(slot, Moments(cols, original is not None, self._kept))
+        if slot not in self._moments:
+            self._moments[slot] = Moments(cols, original is not None, self._kept)
+        moments = self._moments[slot]
         moments.add(x.reshape(-1, cols), None if original is None else original.reshape(-1, cols))
         self._seen.append((x, moments))
 
@@ -46,6 +52,10 @@ class Inputs:
         """A window is over."""
         self._seen.clear()
         self._original.clear()
+        self._windows += 1
+        if self._windows % TOGETHER == 0:
+            for moments in self._moments.values():
+                moments.settle()
 
     def of(self, slot: Slot) -> Moments | None:
         """The moments of a weight (full name), None when nothing was multiplied with it."""

@@ -5,7 +5,8 @@
     w<2..8>a16[-g<n>][-asym]           compressed-tensors, weights alone; groups of 128 when nothing is said
     w8a8                               compressed-tensors, int8 per channel, activations int8 per token
     fp8                                compressed-tensors, FP8 per channel, activations FP8 per token
-    mxfp4                              compressed-tensors, MXFP4 in groups of 32
+    w8a8-static, fp8-static            the same with one fixed scale per layer for activations, from calibration
+    mxfp4, nvfp4                       compressed-tensors, FP4 in groups of 32 with powers of two, of 16 with FP8 scales
     whit-<grid>                        Whit's own layout, any grid
 
 Embeddings and head stay in float: these runtimes want it so.
@@ -22,16 +23,39 @@ from whit.grids.named import grid_named
 from whit.recipes.named import override
 from whit.recipes.recipe import Recipe, Rule
 
-EXAMPLES = ("gptq-4bit-g128", "awq-4bit-g128", "w4a16", "w8a16", "w8a8", "fp8", "w3a16-g128", "w2a16-g64", "mxfp4")
+EXAMPLES = (
+    "gptq-4bit-g128",
+    "awq-4bit-g128",
+    "w4a16",
+    "w8a16",
+    "w8a8",
+    "w8a8-static",
+    "fp8",
+    "fp8-static",
+    "w3a16-g128",
+    "w2a16-g64",
+    "mxfp4",
+    "nvfp4",
+)
 GPTQ, AWQ, COMPRESSED, WHIT = "gptq", "awq", "compressed-tensors", "whit"
 FLOAT = "float"  # a folder as transformers writes it
 INT8_TOKENS, FP8_TOKENS = "int8 per token", "fp8 per token"
 LAYOUTS = (GPTQ, AWQ, COMPRESSED, WHIT, FLOAT)
-ACTIVATIONS = ("", INT8_TOKENS, FP8_TOKENS)
+INT8_FIXED, FP8_FIXED = "int8 per tensor", "fp8 per tensor"
+FIXED = (INT8_FIXED, FP8_FIXED)
+SMOOTHED = (INT8_TOKENS, INT8_FIXED)  # columns are rescaled for the inputs' sake too
+ACTIVATIONS = ("", INT8_TOKENS, FP8_TOKENS, *FIXED)
 _GPTQ = re.compile(r"gptq-([2348])bit(-g\d+)?(-asym)?")
 _AWQ = re.compile(r"awq-4bit(-g\d+)?")
 _WEIGHTS = re.compile(r"w([2-8])a16(-g\d+|-channel)?(-asym)?")
-_FIXED = {"w8a8": ("int8", INT8_TOKENS), "fp8": ("fp8", FP8_TOKENS), "mxfp4": ("mxfp4", "")}
+_SINGLE = {
+    "w8a8": ("int8", INT8_TOKENS),
+    "w8a8-static": ("int8", INT8_FIXED),
+    "fp8": ("fp8", FP8_TOKENS),
+    "fp8-static": ("fp8", FP8_FIXED),
+    "mxfp4": ("mxfp4", ""),
+    "nvfp4": ("nvfp4", ""),
+}
 
 
 def folder_recipe(name: str, rounding: str = "nearest", settings: Sequence[str] = ()) -> Recipe | None:
@@ -55,8 +79,8 @@ def _named(key: str, rounding: str) -> Recipe | None:
     if found := _WEIGHTS.fullmatch(key):
         share = {None: "-g128", "-channel": ""}.get(found[2], found[2])
         return _recipe(key, COMPRESSED, f"int{found[1]}{share}{found[3] or ''}", rounding)
-    if key in _FIXED:
-        grid, activations = _FIXED[key]
+    if key in _SINGLE:
+        grid, activations = _SINGLE[key]
         return _recipe(key, COMPRESSED, grid, rounding, activations)
     if key.startswith("whit-"):
         return _recipe(key, WHIT, key.removeprefix("whit-"), rounding)

@@ -11,6 +11,7 @@ Source: arXiv 2309.01885 (QuantEase), arXiv 2406.17542 (CDQuant), arXiv 2602.021
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,8 @@ def _refit(delta: Tensor, codes: Tensor, params: Params, grid: Adaptive, H: Tens
         slope = torch.stack([(each * gradient).sum(0) for each in basis])  # [n, rows]
         square = torch.stack([torch.stack([(x * y).sum(0) for y in curved]) for x in basis])  # [n, n, rows]
         old = torch.stack([new[name][:, n].float() for name in names])  # [n, rows]
-        for stored in _candidates(grid, names, old, slope, square):
+        dtypes = [new[name].dtype for name in names]
+        for stored in _candidates(dtypes, old, slope, square):
             move = stored - old
             gain = 2 * (move * slope).sum(0) + (move[:, None] * square * move[None]).sum((0, 1))
             # relative margin: a gain below the precision of these sums is no gain
@@ -112,14 +114,18 @@ def _refit(delta: Tensor, codes: Tensor, params: Params, grid: Adaptive, H: Tens
     return new
 
 
-def _candidates(grid: Adaptive, names: list[str], old: Tensor, slope: Tensor, square: Tensor):  # type: ignore[no-untyped-def]
+def _candidates(dtypes: Sequence[torch.dtype], old: Tensor, slope: Tensor, square: Tensor) -> Iterator[Tensor]:
     """Parameters [n, rows] worth trying: the joint optimum, rounded to what is stored; then each alone."""
 
     def stored(values: Tensor) -> Tensor:
-        half = values.clamp(-65504, 65504).half().float()
-        return torch.where(torch.isfinite(values), half, old)
+        limits = [torch.finfo(dtype) for dtype in dtypes]
+        kept = [
+            row.clamp(each.min, each.max).to(each_dtype).float()
+            for row, each, each_dtype in zip(values, limits, dtypes, strict=True)
+        ]
+        return torch.where(torch.isfinite(values), torch.stack(kept), old)
 
-    if len(names) == 2:
+    if len(dtypes) == 2:
         det = square[0, 0] * square[1, 1] - square[0, 1] ** 2
         safe = det > 1e-6 * square[0, 0] * square[1, 1]
         first = (square[1, 1] * slope[0] - square[0, 1] * slope[1]) / det
