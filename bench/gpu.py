@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ TOOLS = {
 }
 FASTER = ("llm-compressor-in-bfloat16", "gptqmodel-in-bfloat16")  # on processors with units for it
 WHIT = ("fast-8", "fast", "balanced")  # presets on all windows; `fast` reads 8 when nothing is said
-REPORTED = 24
+REPORTED, OWN = 24, 4  # windows; some are also read by each tool itself
 
 
 def python_of(tool: str) -> Path:
@@ -74,24 +75,37 @@ def main() -> None:
     docs = windows(tokenizer.encode(documentation_text("calibration").content), limit=arguments.samples)
     save_file({"tokens": docs.contiguous()}, tokens)
     ids = windows(tokenizer.encode(default_text().content), limit=REPORTED)
-    reference = final_states(model, ids)
+    reference, reference_of_few = final_states(model, ids), final_states(model, ids[:OWN])
     print(
         f"{name}, {arguments.bits} bits in groups of {arguments.group}, symmetric, {len(docs)} windows of 512 tokens\n"
     )
-    print("| tool | KL | same top | perplexity (original) | CPU seconds | wall | peak MB | MB of layers |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    save_file({"tokens": ids.contiguous()}, WORK / f"{name}.reported.safetensors")
+    print("| tool | KL | same top | perplexity (original) | CPU seconds | wall | peak MB | MB of layers | own reader |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for tool in arguments.tools:
         out = WORK / f"gpu-{name}-{arguments.bits}-{arguments.group}-{tool}"
         cost = _cost(tool, folder, tokens, out, arguments)
         found = compare_states(final_states(open_model(out), ids), reference, ids)
+        few = compare_states(final_states(open_model(out), ids[:OWN]), reference_of_few, ids[:OWN])
         tensors = open_model(out).tensors
         layers = sum(tensors.info(each).n_bytes for each in tensors.names() if "_proj" in each)
         print(
             f"| {tool} | {found.kl_mean:.5f} ± {found.kl_mean_se:.5f} | {found.same_top:.3f} | {found.perplexity:.3f} "
             f"({found.perplexity_reference:.3f}) | {cost['cpu_seconds']:.0f} | {cost['wall_seconds']:.0f} | "
-            f"{cost['peak_mb']:.0f} | {layers / 1e6:.2f} |",
+            f"{cost['peak_mb']:.0f} | {layers / 1e6:.2f} | {_own(tool, name, out)}{few.perplexity:.4f} |",
             flush=True,
         )
+
+
+def _own(tool: str, name: str, out: Path) -> str:
+    """The perplexity of OWN windows in the tool's own reader; Whit's follows in the table."""
+    tool = tool.partition("-in-")[0]
+    if tool not in TOOLS:
+        return ""
+    tokens = WORK / f"{name}.reported.safetensors"
+    command = [python_of(tool), SCRIPTS / "evaluate.py", out, tokens, "--windows", str(OWN)]
+    lines = [line for line in run(*command).output.splitlines() if line.startswith('{"nll"')]
+    return f"{math.exp(json.loads(lines[-1])['nll']):.4f} / "
 
 
 def _cost(tool: str, folder: Path, tokens: Path, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
