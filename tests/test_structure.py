@@ -17,13 +17,13 @@ LAYERS = {
     "errors": -1,
     "numerics": 0, "parallel": 0, "allocator": 0, "memory": 0, "products": 0,
     "grids": 1,
-    "rounding": 2, "layouts": 2,
+    "kernels": 2, "rounding": 2, "layouts": 2,
     "checkpoints": 3, "calibration": 3, "transforms": 3,
     "models": 4,
     "recipes": 5,
     "evaluation": 6,
     "pipeline": 7,
-    "runtime": 8,
+    "live": 8, "runtime": 8,
     "cli": 9,
 }  # fmt: skip
 
@@ -91,8 +91,10 @@ def test_only_the_command_line_prints(path: Path) -> None:
 
 def test_the_public_names_are_these() -> None:
     assert set(whit.__all__) == {
-        "GRIDS", "Comparison", "Model", "QuantizedTensor", "Recipe", "Rule", "WhitError",
-        "compare", "generate", "nearest", "open_model", "recipe_named", "search", "write_gguf",
+        "GRIDS", "Calibrated", "Comparison", "Model", "QuantizedCache", "QuantizedTensor", "Recipe", "Rule",
+        "WhitError",
+        "calibrate", "compare", "freeze", "generate", "grouped", "load", "mxfp4", "nearest", "nf4", "open_model",
+        "qfloat8", "qint2", "qint3", "qint4", "qint8", "quantize", "recipe_named", "save", "search", "write_gguf",
     }  # fmt: skip
     assert all(getattr(whit, name) is not None for name in whit.__all__)
 

@@ -4,6 +4,11 @@
     model = open_model("smollm2-135m")
     write_gguf(model, recipe_named("q8_0"), Path("small.gguf"))
 
+    from whit import calibrate, freeze, qint8, quantize
+    quantize(module, weights=qint8, activations=qint8)
+    with calibrate(module): ...
+    freeze(module)
+
 Names are imported on first use, so that `import whit` is instant and nothing heavy loads unasked.
 """
 
@@ -14,18 +19,33 @@ from importlib.metadata import version
 from typing import Any
 
 _HOMES = {
+    "Calibrated": "whit.live.calibrate",
     "Comparison": "whit.evaluation.divergence",
     "GRIDS": "whit.grids.named",
     "Model": "whit.models.model",
+    "QuantizedCache": "whit.live.cache",
     "QuantizedTensor": "whit.grids.quantized",
     "Recipe": "whit.recipes.recipe",
     "Rule": "whit.recipes.recipe",
     "WhitError": "whit.errors",
+    "calibrate": "whit.live.calibrate",
     "compare": "whit.evaluation.compare",
+    "freeze": "whit.live.quantize",
     "generate": "whit.runtime.generate",
+    "grouped": "whit.live.types",
+    "load": "whit.live.save",
+    "mxfp4": "whit.live.types",
     "nearest": "whit.rounding.nearest",
+    "nf4": "whit.live.types",
     "open_model": "whit.models.open",
+    "qfloat8": "whit.live.types",
+    "qint2": "whit.live.types",
+    "qint3": "whit.live.types",
+    "qint4": "whit.live.types",
+    "qint8": "whit.live.types",
+    "quantize": "whit.live.quantize",
     "recipe_named": "whit.recipes.named",
+    "save": "whit.live.save",
     "search": "whit.rounding.nearest",
     "write_gguf": "whit.pipeline.quantize",
 }

@@ -52,5 +52,5 @@ def test_layers_see_rounded_inputs() -> None:
     expected = module[0].weight @ scheme.apply(x).T
     quantize_inputs(module, {"0": scheme})
     assert torch.allclose(module(x), expected.T)
-    with pytest.raises(ModelError, match="no such layer"):
+    with pytest.raises(ModelError, match="transformers has none there"):
         quantize_inputs(module, {"nowhere": scheme})

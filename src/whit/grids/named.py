@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
 
 from whit.errors import RecipeError
+from whit.grids.codebook import Codebook
 from whit.grids.floats import Float
 from whit.grids.grid import Grid
 from whit.grids.indexed import INDEX, Indexed
@@ -28,6 +30,19 @@ FP4_LEVELS = Table("fp4", (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3,
 # FP8 (E4M3, no infinities): every finite value. Minus zero is another name for zero.
 _FP8 = [2.0 ** (max(e, 1) - 10) * (8 * (e > 0) + m) for e in range(16) for m in range(8)][:-1]  # the last is NaN
 FP8_LEVELS = Table("fp8_e4m3", tuple(sorted({sign * x for sign in (-1, 1) for x in _FP8})))
+# FP8 (E5M2): the upper half of half precision; the last exponent is infinity and NaN.
+_E5M2 = [2.0 ** (max(e, 1) - 17) * (4 * (e > 0) + m) for e in range(31) for m in range(4)]
+E5M2_LEVELS = Table("fp8_e5m2", tuple(sorted({sign * x for sign in (-1, 1) for x in _E5M2})))
+# NF4: quantiles of a normal distribution, the largest 1. Source: arXiv 2305.14314 (QLoRA), appendix E.
+NF4_LEVELS = Table(
+    "nf4",
+    (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+)
 # Three levels in two bits: the fourth code may be in a file and is decoded, but nothing is rounded to it.
 TERNARY_LEVELS = Table("ternary", (-1, 0, 1, 2), usable=3)
 
@@ -70,6 +85,9 @@ GRIDS: dict[str, Grid] = {
     **{name: grid for name, grid in _INTEGERS.items() if name not in ALIASES},
     "fp8": Scaled(FP8_LEVELS, PerChannel(), scale_dtype=torch.float32),
     "fp8-tensor": Scaled(FP8_LEVELS, PerTensor(), scale_dtype=torch.float32),
+    "fp8-e5m2": Scaled(E5M2_LEVELS, PerChannel(), scale_dtype=torch.float32),
+    "nf4-g64": Scaled(NF4_LEVELS, PerGroup(64)),
+    **{f"codebook{bits}": Codebook(bits) for bits in (2, 3, 4, 8)},
 }
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -82,7 +100,7 @@ def grid_named(name: str) -> Grid:
     """
     plain, _, dtype = name.partition(":")
     plain, _, unit = plain.partition("@")
-    grid = GRIDS.get(ALIASES.get(plain, plain))
+    grid = GRIDS.get(ALIASES.get(plain, plain)) or _composed(plain)
     if unit and isinstance(grid, Scaled):
         grid = replace(grid, unit=_unit(unit, name))
     if dtype == INDEX and isinstance(grid, Scaled) and isinstance(grid.scheme, PerGroup):
@@ -90,6 +108,32 @@ def grid_named(name: str) -> Grid:
     if grid is None or (dtype and not (dtype in DTYPES and isinstance(grid, Scaled))):
         raise RecipeError(f"There is no grid called {name!r}. Known grids: {', '.join(GRIDS)}.")
     return replace(grid, scale_dtype=DTYPES[dtype]) if dtype and isinstance(grid, Scaled) else grid
+
+
+_TABLES = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
+
+
+def _composed(name: str) -> Scaled | None:
+    """A grid that has no line of its own, such as `int4-g16-min`: levels, groups, what is stored beside the scale."""
+    found = re.fullmatch(r"(int([2-8])|nf4|fp4)(-g([1-9]\d*)|-tensor|)(-asym|-min|)", name)
+    if found is None or (found[5] and not found[2]):
+        return None
+    scheme = PerGroup(int(found[4])) if found[4] else _SCHEMES[found[3]]
+    if found[5] == "-min":
+        return Scaled(Integers(int(found[2]), 0), scheme, Offset.MINIMUM)
+    if found[2]:
+        return integer_grid(int(found[2]), scheme, symmetric=not found[5])
+    return Scaled(_TABLES[found[1]], scheme)
+
+
+def _composition(grid: Scaled) -> str:
+    """The name that `_composed` takes for a grid with half-precision scales, else its printed form."""
+    levels = next((name for name, each in _TABLES.items() if each == grid.levels), f"int{grid.levels.bits}")
+    scheme = f"-g{grid.scheme.size}" if isinstance(grid.scheme, PerGroup) else ""
+    scheme = "-tensor" if isinstance(grid.scheme, PerTensor) else scheme
+    offset = {Offset.NONE: "", Offset.ZERO_POINT: "-asym", Offset.MINIMUM: "-min"}[grid.offset]
+    name = levels + scheme + offset
+    return name if _composed(name) == grid else repr(grid)
 
 
 def _unit(text: str, name: str) -> float:
@@ -127,4 +171,8 @@ def grid_name(grid: Grid) -> str:
                     and replace(known, scale_dtype=stored) == grid
                 ):
                     return f"{name}:{dtype}"
+        for dtype, stored in DTYPES.items():
+            if grid.scale_dtype == stored and grid.unit == 1:
+                name = _composition(replace(grid, scale_dtype=torch.float16))
+                return name if dtype == "f16" or name.startswith("Scaled") else f"{name}:{dtype}"
     return repr(grid)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from whit.grids.codebook import Codebook
 from whit.grids.grid import Grid, Spec
 from whit.grids.indexed import Indexed
 from whit.grids.quantized import QuantizedTensor
@@ -22,6 +23,7 @@ from whit.layouts.ggml import GGMLType, ggml_type_of
 from whit.layouts.words import n_words, pack_words, unpack_words
 
 CODES, SHAPE, BLOCKS, PREFIX = "weight_codes", "weight_shape", "weight_ggml", "weight_"
+CODED = (Scaled, Indexed, Codebook)  # grids whose codes are packed as they are
 
 
 class Native:
@@ -30,7 +32,7 @@ class Native:
     def refuses(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Why a [rows, cols] matrix on a grid has no place here; None when it has."""
         try:
-            if not isinstance(grid, Scaled | Indexed):
+            if not isinstance(grid, CODED):
                 _blocks(grid)
             grid.schema(shape)
         except ValueError as error:
@@ -40,7 +42,7 @@ class Native:
     def schema(self, grid: Grid, shape: tuple[int, int]) -> dict[str, Spec]:
         """Shape and dtype of every stored tensor."""
         rows, cols = shape
-        if isinstance(grid, Scaled | Indexed):
+        if isinstance(grid, CODED):
             params = {PREFIX + name: spec for name, spec in grid.schema(shape).items()}
             words = Spec((rows, n_words(cols, _bits(grid))), torch.int32)
             return {CODES: words, SHAPE: Spec((2,), torch.int64), **params}
@@ -51,7 +53,7 @@ class Native:
         reason = self.refuses(quantized.grid, quantized.shape)
         if reason:
             raise ValueError(reason)
-        if isinstance(quantized.grid, Scaled | Indexed):
+        if isinstance(quantized.grid, CODED):
             params = {PREFIX + name: value.contiguous() for name, value in quantized.params.items()}
             shape = torch.tensor(quantized.shape)
             return {CODES: pack_words(quantized.codes, _bits(quantized.grid)), SHAPE: shape, **params}
@@ -59,7 +61,7 @@ class Native:
 
     def unpack(self, parts: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
         """The matrix in stored tensors. Raises ValueError when they do not belong together."""
-        if isinstance(grid, Scaled | Indexed):
+        if isinstance(grid, CODED):
             rows, cols = (int(n) for n in parts[SHAPE])
             params = {key.removeprefix(PREFIX): value for key, value in parts.items() if key not in (CODES, SHAPE)}
             return QuantizedTensor(grid, (rows, cols), unpack_words(parts[CODES], _bits(grid), cols), params)
@@ -71,7 +73,9 @@ class Native:
         return n_bytes // _blocks(grid).block_bytes * _blocks(grid).block
 
 
-def _bits(grid: Scaled | Indexed) -> int:
+def _bits(grid: Scaled | Indexed | Codebook) -> int:
+    if isinstance(grid, Codebook):
+        return grid.bits
     return (grid.base if isinstance(grid, Indexed) else grid).levels.bits
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from whit.checkpoints.quantized import WEIGHT, QuantizedTensors
 from whit.checkpoints.schemes import ConfigGroups
@@ -113,16 +114,79 @@ def input_schemes(model: Model) -> dict[str, InputScheme]:
 
 
 def quantize_inputs(module: nn.Module, schemes: Mapping[str, InputScheme]) -> None:
-    """From now on the named submodules see their inputs quantized. Raises ModelError for a name that is not there."""
+    """From now on the named submodules see their inputs quantized.
+
+    A layer that is a slice of a three-dimensional parameter, as experts are, has no module of its own: all products
+    with that parameter are given quantized inputs. Raises ModelError for a name that is not there, and for experts of
+    a block whose schemes differ.
+    """
+    of_experts: dict[str, set[InputScheme]] = {}
     for name, scheme in schemes.items():
         try:
-            layer = module.get_submodule(name)
+            module.get_submodule(name).register_forward_pre_hook(input_hook(scheme))
         except AttributeError:
-            raise ModelError(f"{name} has quantized inputs, but transformers has no such layer.") from None
-        layer.register_forward_pre_hook(_hook(scheme))
+            of_experts.setdefault(_nearest(module, name), set()).add(scheme)
+    for home, found in of_experts.items():
+        block = module.get_submodule(home)
+        stacks = [
+            part
+            for part in block.modules()
+            if any(each.dim() == 3 for each in part._parameters.values() if each is not None)
+        ]
+        if len(stacks) != 1 or not home:
+            raise ModelError(f"a layer in {home or 'the model'} has quantized inputs, but transformers has none there.")
+        if len(found) != 1:
+            raise ModelError(f"{home}: the inputs of its experts are quantized in {len(found)} ways; one is computed.")
+        _round_products(stacks[0], next(iter(found)))
 
 
-def _hook(scheme: InputScheme) -> Any:
+def _nearest(module: nn.Module, name: str) -> str:
+    """The longest part of a name that is a module."""
+    there = {each for each, _ in module.named_modules()}
+    parts = name.split(".")
+    return next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in there), "")
+
+
+def _stacks(module: nn.Module) -> list[Tensor]:
+    """A module's own three-dimensional parameters."""
+    return [each for each in module._parameters.values() if each is not None and each.dim() == 3]
+
+
+class _Rounded(TorchFunctionMode):
+    """Inputs of products with some parameters are quantized."""
+
+    def __init__(self, stack: nn.Module, scheme: InputScheme) -> None:
+        super().__init__()
+        self._stack, self._scheme = stack, scheme
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+        if func in products and len(args) > 1 and self._is_expert(args[1]):
+            args = (self._scheme.apply(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def _is_expert(self, weight: Tensor) -> bool:
+        at = weight.untyped_storage().data_ptr()
+        return any(each.untyped_storage().data_ptr() == at for each in _stacks(self._stack))
+
+
+def _round_products(stack: nn.Module, scheme: InputScheme) -> None:
+    modes: list[_Rounded] = []
+
+    def before(*_: Any) -> None:
+        modes.append(_Rounded(stack, scheme))
+        modes[-1].__enter__()
+
+    def after(*_: Any) -> None:
+        modes.pop().__exit__(None, None, None)
+
+    stack.register_forward_pre_hook(before)
+    stack.register_forward_hook(after, always_call=True)
+
+
+def input_hook(scheme: InputScheme) -> Any:
+    """A forward pre-hook that quantizes a module's first argument."""
+
     def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return scheme.apply(inputs[0]), *inputs[1:]
 

@@ -75,6 +75,17 @@ class Links:
         """The GGUF tensors that a parameter is made of."""
         return [name for name, slots in self._slots.items() if any(slot[0] == parameter for slot in slots)]
 
+    def homes(self, parameter: str) -> list[list[str]]:
+        """The names on disk that a parameter is made of: per expert (one for a plain matrix) its parts, row after row.
+
+        Empty for one that is not on disk.
+        """
+        if parameter in self._direct:
+            return [[self._direct[parameter]]]
+        pieces = self._stacked.get(parameter, {})
+        n_experts = 1 + max((expert for expert, _ in pieces), default=-1)
+        return [[pieces[key] for key in sorted(pieces) if key[0] == expert] for expert in range(n_experts)]
+
     def read(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
         """A parameter's values, from replaced tensors where there are some. Raises KeyError for an unknown one."""
         if parameter in self._direct:

@@ -94,6 +94,7 @@ def load_module(model: Model, dtype: torch.dtype = torch.float32) -> nn.Module:
                 state_dict=promises,
                 dtype=dtype,
                 attn_implementation="eager",
+                experts_implementation="eager",
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
             )

@@ -87,7 +87,7 @@ class BlockStream:
         """
         recorders = [_Recorder(self._label) for _ in range(self.n_blocks)]
         self._module.set_submodule(self._path, nn.ModuleList(recorders))
-        _make_buffers(self._module, self._module)
+        make_buffers(self._module, self._module)
         self._fill(self._module, "")
         decoder = self._module.get_decoder()
         hidden = []
@@ -105,7 +105,7 @@ class BlockStream:
     def fill(self, index: int) -> nn.Module:
         """Block `index` with its weights."""
         block = self._blocks[index]
-        _make_buffers(self._module, block)
+        make_buffers(self._module, block)
         self._fill(block, f"{self._path}.{index}.")
         return block
 
@@ -143,7 +143,7 @@ class BlockStream:
     def shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """The parameters of a block, by their names within it."""
         block = self._blocks[index]
-        _make_buffers(self._module, block)
+        make_buffers(self._module, block)
         return {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
 
     def empty(self, index: int) -> None:
@@ -223,7 +223,7 @@ def _inside(name: str, lists: dict[str, nn.ModuleList]) -> bool:
     return any(name.startswith(f"{other}.") for other in lists)
 
 
-def _make_buffers(model: PreTrainedModel, part: nn.Module) -> None:
+def make_buffers(model: PreTrainedModel, part: nn.Module) -> None:
     """Buffers are no weights: transformers computes them from the configuration."""
     for module in part.modules():
         own = dict(module.named_buffers(recurse=False))

@@ -138,7 +138,7 @@ class FolderJob:
             layout = self._form.layout(step.grid, bool(self._recipe.activations), self._zero_points)
             for name in self._homes.get(step.tensor.name, ()):
                 _, expert = self._links.source(name)
-                parts = layout.pack(_rows(matrices[expert], *self._links.disk_rows(name)))
+                parts = layout.pack(rows_of(matrices[expert], *self._links.disk_rows(name)))
                 if input_scales is not None and self._fixed:
                     parts |= {INPUT_SCALE: torch.tensor([input_scales[step.tensor.name]])}
                 for suffix, value in parts.items():
@@ -221,15 +221,15 @@ def _matrices(step: Step, pieces: list[QuantizedTensor]) -> list[QuantizedTensor
     return found
 
 
-def _rows(matrix: QuantizedTensor, rows: Tensor, factor: Tensor) -> QuantizedTensor:
+def rows_of(matrix: QuantizedTensor, rows: Tensor, factor: Tensor) -> QuantizedTensor:
     """Some rows of a matrix, multiplied."""
-    shared = matrix.params["scale"].shape[0] != matrix.shape[0]  # one scale for the whole matrix
+    shared = any(value.shape[0] != matrix.shape[0] for value in matrix.params.values())  # one for the whole matrix
     params = {name: value if shared else value[rows] for name, value in matrix.params.items()}
     if not (factor == 1).all():
         if shared:
             raise RecipeError(
                 "one scale for a whole matrix cannot follow rows that are scaled apart; take int8 or groups"
             )
-        for name in params.keys() - {"zero"}:
+        for name in (name for name, value in params.items() if value.is_floating_point()):
             params[name] = (params[name].float() * factor[:, None]).to(params[name].dtype)
     return QuantizedTensor(matrix.grid, (rows.numel(), matrix.shape[1]), matrix.codes[rows], params)

@@ -1,0 +1,214 @@
+"""The native library: found beside this file when the package was built with a compiler, and called through ctypes.
+
+It has no Python in it and no torch, so that one build serves every version of both; what it needs of them is pointers
+and the number of threads. Its threads are torch's: both ask for libgomp.so.1, and the one that torch brought is
+already there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SCALES = {**FLOATS, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4}
+
+# Rows of x from which decoding a slab of weights and multiplying it in torch is faster (docs/kernels.md).
+MANY = {torch.float32: 96, torch.bfloat16: 32, torch.float16: 64}
+# The same where the processor has tile units, which unpack a tile of weights once for all of x.
+MANY_TILED = 12
+# Decoded weights that stay in the cache between writing and reading.
+SLAB_BYTES = 1 << 22
+
+# A packed matrix as operators take it: codes, scale, offset, table, rows, cols, bits, group, zero, unit.
+Matrix = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int, int, int, int, int, float]
+
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_MATRIX = (_P, _P, _I, _P, _I, _P, _L, _L, _I, _L, _I, ctypes.c_float)
+_SIGNATURES = {
+    "whit_linear": (_P, _L, _P, _P, _I, _I, *_MATRIX),
+    "whit_linear_int8": (_P, _L, _P, _L, _P, _P, _I, _I, *_MATRIX),
+    "whit_linear_many": (_P, _L, _P, _P, _I, _I, *_MATRIX),
+    "whit_linear_int8_many": (_P, _L, _P, _L, _P, _P, _I, _I, *_MATRIX),
+    "whit_quantize_rows": (_P, _L, _L, _P, _P, _I, _I),
+    "whit_dequantize": (_L, _L, _P, _I, _I, *_MATRIX),
+    "whit_large_pages": (_P, _L),
+    "whit_rows": (_P, _L, _P, _I, _I, *_MATRIX),
+}
+
+
+class Native:
+    """The loaded library. Every function takes what the operator of its name takes (ops.py)."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(self.library, name)
+            function.argtypes, function.restype = arguments, _I if name.endswith("many") else None
+        self.library.whit_name.restype = ctypes.c_char_p
+        self.library.whit_choose.argtypes = (ctypes.c_char_p,)
+        self._linear = self.library.whit_linear
+        self._linear_int8 = self.library.whit_linear_int8
+
+    @property
+    def name(self) -> str:
+        """The instruction set that is used."""
+        return str(self.library.whit_name().decode())
+
+    def choose(self, name: str) -> bool:
+        """Use the kernels of this instruction set from now on; False where the processor lacks it. For tests."""
+        return bool(self.library.whit_choose(name.encode()))
+
+    def linear(self, x: Tensor, bias: Tensor | None, *matrix: *Matrix) -> Tensor:
+        """As `matmul.linear`."""
+        rows, cols = matrix[4], matrix[5]
+        _check(x, bias, rows, cols)
+        x = x.contiguous()
+        m = x.numel() // cols
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        y = x.new_empty((*x.shape[:-1], rows))
+        if m >= MANY_TILED:
+            done = self.library.whit_linear_many(
+                x.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[x.dtype],
+                torch.get_num_threads(), *_pointers(matrix),
+            )  # fmt: skip
+            if done:
+                return y
+        if m >= MANY[x.dtype]:
+            return self._slabs(x, bias, matrix)
+        if m:
+            self._linear(
+                x.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[x.dtype],
+                torch.get_num_threads(), *_pointers(matrix),
+            )  # fmt: skip
+        return y
+
+    def linear_int8(
+        self, x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: *Matrix
+    ) -> Tensor:
+        """As `matmul.linear_int8`."""
+        rows, cols = matrix[4], matrix[5]
+        _check(x, bias, rows, cols)
+        if x_scale.numel() not in (1, x.numel() // cols) or x.dtype != torch.int8:
+            raise ValueError(
+                f"x {x.dtype} {list(x.shape)} needs int8 and one scale or one a row, not {list(x_scale.shape)}"
+            )
+        x, x_scale = x.contiguous(), x_scale.float().contiguous()
+        m = x.numel() // cols
+        bias = None if bias is None else bias.to(dtype).contiguous()
+        y = x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+        if m:
+            function = self.library.whit_linear_int8_many if m >= MANY_TILED else self._linear_int8
+            arguments = (
+                x.data_ptr(), m, x_scale.data_ptr(), 0 if x_scale.numel() == 1 else 1,
+                None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[dtype],
+                torch.get_num_threads(), *_pointers(matrix),
+            )  # fmt: skip
+            if function(*arguments) == 0:
+                if m >= MANY[torch.float32]:  # levels that are no integers
+                    wide = self._slabs(x.float(), None, matrix) * x_scale
+                    return (wide if bias is None else wide + bias.float()).to(dtype)
+                self._linear_int8(*arguments)
+        return y
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `matmul.quantize_rows`."""
+        x = x.contiguous()
+        cols = x.shape[-1]
+        q = torch.empty(x.shape, dtype=torch.int8)
+        scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+        self.library.whit_quantize_rows(
+            x.data_ptr(), x.numel() // cols if cols else 0, cols, q.data_ptr(), scale.data_ptr(), FLOATS[x.dtype],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return q, scale
+
+    def dequantize(self, dtype: torch.dtype, *matrix: *Matrix) -> Tensor:
+        """As `matmul.dequantize`."""
+        rows, cols = matrix[4], matrix[5]
+        out = torch.empty((rows, cols), dtype=dtype)
+        self._decode(0, rows, out, matrix)
+        return out
+
+    def rows(self, index: Tensor, dtype: torch.dtype, *matrix: *Matrix) -> Tensor:
+        """As `matmul.rows`."""
+        rows, cols = matrix[4], matrix[5]
+        index = index.long().contiguous()
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
+            raise IndexError(f"a matrix of {rows} rows has no row {int(index.min())} or {int(index.max())}")
+        out = torch.empty((*index.shape, cols), dtype=dtype)
+        self.library.whit_rows(
+            index.data_ptr(), index.numel(), out.data_ptr(), FLOATS[dtype], torch.get_num_threads(), *_pointers(matrix)
+        )
+        return out
+
+    def _decode(self, first: int, last: int, out: Tensor, matrix: Matrix) -> None:
+        self.library.whit_dequantize(
+            first, last, out.data_ptr(), FLOATS[out.dtype], torch.get_num_threads(), *_pointers(matrix)
+        )
+
+    def _slabs(self, x: Tensor, bias: Tensor | None, matrix: Matrix) -> Tensor:
+        """Weights decoded to x's dtype, some rows at a time, and multiplied by torch."""
+        rows, cols = matrix[4], matrix[5]
+        flat = x.view(-1, cols)
+        y = x.new_empty((flat.shape[0], rows))
+        step = max(1, SLAB_BYTES // (cols * x.element_size()) // 16) * 16
+        slab = x.new_empty((min(step, rows), cols))
+        pointers = _pointers(matrix)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            part = slab[: last - first]
+            self.library.whit_dequantize(
+                first, last, part.data_ptr(), FLOATS[x.dtype], torch.get_num_threads(), *pointers
+            )
+            y[:, first:last] = F.linear(flat, part, None if bias is None else bias[first:last])
+        return y.view(*x.shape[:-1], rows)
+
+
+def large_pages(tensors: Iterable[Tensor]) -> None:
+    """Ask the system for large pages under tensors that are read again and again; speed alone depends on it."""
+    if NATIVE is not None:
+        for tensor in tensors:
+            NATIVE.library.whit_large_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def _check(x: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
+    """Raises ValueError for shapes that the kernels would read beyond."""
+    if x.shape[-1] != cols or (bias is not None and bias.numel() != rows):
+        of_bias = "" if bias is None else f" and a bias {list(bias.shape)}"
+        raise ValueError(f"a matrix [{rows}, {cols}] cannot take x {list(x.shape)}{of_bias}")
+
+
+def _pointers(matrix: Matrix) -> tuple[Any, ...]:
+    """A matrix as the library takes it."""
+    codes, scale, offset, table, rows, cols, bits, group, zero, unit = matrix
+    return (
+        codes.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        0 if scale is None else _SCALES[scale.dtype],
+        None if offset is None else offset.data_ptr(),
+        0 if offset is None else 1 if offset.dtype == torch.uint8 else 2,
+        None if table is None else table.data_ptr(),
+        rows, cols, bits, group, zero, unit,
+    )  # fmt: skip
+
+
+def _load() -> Native | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            try:
+                return Native(path)
+            except OSError:  # built for another machine
+                return None
+    return None
+
+
+NATIVE = _load()

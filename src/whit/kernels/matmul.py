@@ -1,0 +1,98 @@
+"""Products with packed matrices: activations as they are, or in 8-bit integers.
+
+The obvious version, decode and call F.linear, reads the decoded weights as well: for one token at a time that is two to
+eight times the bytes, and bytes are what such a product costs. Here codes are decoded in registers. Where many tokens
+share the weights it pays to decode a slab of rows first and let torch multiply (library.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from whit.kernels import library, ops
+from whit.kernels.form import Form, Kind
+from whit.kernels.library import Matrix
+from whit.kernels.packed import Packed
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """x times the transposed matrix, plus the bias.
+
+    x       [..., cols] float32, bfloat16 or float16
+    bias    [rows], any float dtype
+    Returns [..., rows] in x.dtype. Weights take their stored values, sums run in float32 (in torch's own way where it
+    multiplies: x of more than a few rows). Gradients flow to x and to the bias.
+    """
+    form = packed.form
+    if form.kind is Kind.PLAIN:
+        return ops.plain_linear(x, _decoded(packed), bias)
+    return torch.ops.whit.linear.default(x, bias, *_matrix(packed, form))
+
+
+def linear_int8(
+    x: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(scale * x) times the transposed matrix, plus the bias; integer levels are summed as integers.
+
+    x      int8 [..., cols], codes of activations (as `quantize_rows` makes them)
+    scale  float32, [..., 1] for each row of x, or one for all
+    bias   [rows], any float dtype
+    Returns [..., rows] in `dtype`.
+    """
+    form = packed.form
+    if form.kind is Kind.PLAIN:
+        y = torch.nn.functional.linear(x.float(), _decoded(packed)) * scale
+        return (y if bias is None else y + bias).to(dtype)
+    return torch.ops.whit.linear_int8.default(x, scale, bias, dtype, *_matrix(packed, form))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 and scales float32 [..., 1] of rows: symmetric, scale = largest magnitude / 127, halves to even.
+
+    x  [..., cols] float32, bfloat16 or float16
+    A row of zeros has scale 1 and codes 0.
+    """
+    return torch.ops.whit.quantize_rows.default(x)
+
+
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[rows, cols] in dtype; in float32 equal to `unpack(packed).dequantize()`, bit for bit."""
+    form = packed.form
+    if form.kind is Kind.PLAIN:
+        return _decoded(packed).to(dtype)
+    return torch.ops.whit.dequantize.default(dtype, *_matrix(packed, form))
+
+
+def rows(packed: Packed, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rows that `index` (integers, any shape) names, [*index.shape, cols] in dtype; only those are decoded.
+
+    Raises IndexError for an index that is not a row.
+    """
+    form = packed.form
+    if form.kind is Kind.PLAIN:
+        return _decoded(packed)[index].to(dtype)
+    return torch.ops.whit.rows.default(index, dtype, *_matrix(packed, form))
+
+
+def native() -> str:
+    """Which native code is used: "avx512-vnni", "avx2", "neon", "generic", or "none" without any."""
+    return "none" if library.NATIVE is None else library.NATIVE.name
+
+
+def _matrix(packed: Packed, form: Form) -> Matrix:
+    """The arguments of the operators for one matrix."""
+    buffers = packed.buffers
+    if form.kind is Kind.ROWS:
+        return buffers["codes"], None, None, buffers["levels"], form.rows, form.cols, form.bits, form.group, -1, 1.0
+    offset = buffers.get("zero")
+    return (
+        buffers["codes"], buffers["scale"], buffers.get("minimum") if offset is None else offset, buffers.get("table"),
+        form.rows, form.cols, form.bits, form.group, form.zero, form.unit,
+    )  # fmt: skip
+
+
+def _decoded(packed: Packed) -> Tensor:
+    """[rows, cols] float32 of a plain matrix."""
+    params = [packed.buffers[name] for name in packed.grid.schema(packed.shape)]
+    return torch.ops.whit.decode.default(packed.buffers["codes"], params, ops.name_of(packed.grid), *packed.shape)

@@ -1,0 +1,281 @@
+// AVX-512 with VNNI. A register holds sixteen rows: four codes of each as bytes, or one value of each as float32.
+//
+// Float activations meet integer levels in fixed point: x becomes three int8 digits and a power of two per segment of at
+// most 128 columns, and three integer products replace the conversion of every code to float32. What is lost is at most
+// 2^-22 of the segment's largest |x|; the sums are exact. bfloat16 products were slower than float32 ones here.
+#include "whit.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2")
+#endif
+
+namespace whit {
+namespace {
+
+constexpr int64_t FLOAT_SEGMENT = 512;  // columns after which a float sum is put aside: short sums err less
+
+#include "vectors512.h"
+
+enum Way { LOOK_UP, CONVERT, GATHER };
+
+// Column J of a quad as float32, less `less` (for CONVERT with 2^23 added to it).
+template <int BITS, Way WAY, int J>
+WHIT_INLINE __m512 column(__m512i code, __m512 table, __m512 less, bool shifted, const float* levels) {
+  if constexpr (J > 0) code = _mm512_srli_epi32(code, 8 * J);
+  if constexpr (WAY == LOOK_UP) {
+    const __m512 value = _mm512_permutexvar_ps(code, table);
+    return shifted ? _mm512_sub_ps(value, less) : value;
+  }
+  if constexpr (WAY == GATHER)
+    return _mm512_i32gather_ps(_mm512_and_si512(code, _mm512_set1_epi32(255)), levels, 4);
+  // the integer as the last bits of 2^23 + integer: (code & 255) | 2^23's bits
+  const __m512i bits = _mm512_ternarylogic_epi32(code, _mm512_set1_epi32(255), _mm512_set1_epi32(0x4b000000), 0xea);
+  return _mm512_sub_ps(_mm512_castsi512_ps(bits), less);
+}
+
+// float32 products, for levels or processors that bfloat16 does not serve.
+template <int BITS, int M, Way WAY>
+void tile_singles(const Matrix& w, const Activations& a, int64_t tile, int64_t first, float* out) {
+  constexpr int n_quads = quads_of<BITS>;
+  constexpr int64_t block = 4 * n_quads, block_bytes = block * LANES * BITS / 8;
+  const bool shifted = w.offset_kind == ZERO_POINT;
+  const __m512 table = _mm512_loadu_ps(w.values);
+  const uint8_t* codes = w.codes + tile * w.row_bytes;
+  __m512 y[M];
+  for (int i = 0; i < M; i++) y[i] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < w.groups; g++) {
+    const int64_t at = (tile * w.groups + g) * LANES, end = (g + 1) * w.group;
+    __m512 less = _mm512_set1_ps(float(w.zero));
+    if (shifted) less = _mm512_cvtepi32_ps(bytes16(w.offset + at));
+    if constexpr (WAY == CONVERT) less = _mm512_add_ps(less, _mm512_set1_ps(8388608.0f));
+    __m512 sums[M];
+    for (int i = 0; i < M; i++) sums[i] = _mm512_setzero_ps();
+    for (int64_t col = g * w.group; col < end;) {
+      const int64_t stop = col + FLOAT_SEGMENT < end ? col + FLOAT_SEGMENT : end;
+      __m512 part[M][2];
+      for (int i = 0; i < M; i++) part[i][0] = part[i][1] = _mm512_setzero_ps();
+      for (; col < stop; col += block, codes += block_bytes) {
+        __m512i code[n_quads];
+        prefetch(codes, block_bytes);
+        quads<V, BITS>(codes, code);
+        for (int q = 0; q < n_quads; q++) {
+          const __m512 value[4] = {column<BITS, WAY, 0>(code[q], table, less, shifted, w.levels),
+                                   column<BITS, WAY, 1>(code[q], table, less, shifted, w.levels),
+                                   column<BITS, WAY, 2>(code[q], table, less, shifted, w.levels),
+                                   column<BITS, WAY, 3>(code[q], table, less, shifted, w.levels)};
+          for (int i = 0; i < M; i++) {
+            const float* x = a.x + (first + i) * a.stride + col + 4 * q;
+            for (int j = 0; j < 4; j++)
+              part[i][j & 1] = _mm512_fmadd_ps(value[j], _mm512_set1_ps(x[j]), part[i][j & 1]);
+          }
+        }
+      }
+      for (int i = 0; i < M; i++) sums[i] = _mm512_add_ps(sums[i], _mm512_add_ps(part[i][0], part[i][1]));
+    }
+    const __m512 scale = scale16(w, at);
+    for (int i = 0; i < M; i++) y[i] = _mm512_fmadd_ps(scale, sums[i], y[i]);
+    if (w.offset_kind == MINIMUM) {
+      const __m512 minimum = load16(w.offset, at, w.scale_type);
+      for (int i = 0; i < M; i++)
+        y[i] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(a.sums[(first + i) * w.groups + g]), y[i]);
+    }
+  }
+  for (int i = 0; i < M; i++) _mm512_storeu_ps(out + i * LANES, y[i]);
+}
+
+// Fixed point: q = x / scale in 24 bits, as digits of base 256 from -128 to 127.
+void fixed(const float* x, int64_t n, int8_t* digits, Places to, float* scale, int32_t* sums) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 16)
+    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
+  const int exponent = exponent_of(_mm512_reduce_max_epu32(most));
+  *scale = power_of_two(exponent - 22);
+  const __m512 inverse = _mm512_set1_ps(power_of_two(22 - exponent));
+  __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
+  const __m512i half = _mm512_set1_epi32(128);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
+    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, half), 8);
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(upper, half), 8);
+    high_sum = _mm512_add_epi32(high_sum, high);
+    low_sum = _mm512_add_epi32(low_sum, _mm512_sub_epi32(q, _mm512_slli_epi32(high, 16)));
+    // the low byte of each is its digit
+    const __m128i part[PARTS] = {_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(upper), _mm512_cvtepi32_epi8(q)};
+    if (to.depth >= 16) {
+      for (int p = 0; p < PARTS; p++)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + to.at(i) + p * to.part), part[p]);
+      continue;
+    }
+    alignas(16) int32_t fours[PARTS][4];
+    for (int p = 0; p < PARTS; p++) _mm_store_si128(reinterpret_cast<__m128i*>(fours[p]), part[p]);
+    for (int j = 0; j < 4; j++)
+      for (int p = 0; p < PARTS; p++) memcpy(digits + to.at(i + 4 * j) + p * to.part, &fours[p][j], 4);
+  }
+  sums[0] = _mm512_reduce_add_epi32(high_sum);
+  sums[1] = _mm512_reduce_add_epi32(low_sum);
+}
+
+template <int BITS, int M>
+struct Floats {
+  static Rows of(const Matrix& w) {
+    if constexpr (BITS <= 4) return tile_singles<BITS, M, LOOK_UP>;
+    else return w.levels ? tile_singles<BITS, M, GATHER> : tile_singles<BITS, M, CONVERT>;
+  }
+};
+
+template <int BITS, int M>
+struct Integers {
+  static Rows of(const Matrix& w) { return integers_of<V, BITS, M, 1>(w); }
+};
+
+template <int BITS, int M>
+struct Fixed {
+  static Rows of(const Matrix& w) { return integers_of<V, BITS, M, PARTS>(w); }
+};
+
+template <int BITS>
+float row_of(const Matrix& w, const float* x, int64_t row) {
+  constexpr int width = BITS == 4 ? 4 : 2, fields = 8 / width;
+  alignas(64) float levels[16];
+  for (int i = 0; i < 16; i++) levels[i] = from_f16(w.books[(row << BITS) + (i & ((1 << BITS) - 1))]);
+  const __m512 table = _mm512_load_ps(levels);  // repeated, so that higher bits of an index do not matter
+  const uint8_t* codes = w.codes + row * w.row_bytes;
+  __m512 sums[fields];
+  for (int f = 0; f < fields; f++) sums[f] = _mm512_setzero_ps();
+  for (int64_t col = 0; col < w.padded; col += 16 * fields, codes += BITS == 3 ? 24 : 16) {
+    prefetch(codes, 1);
+    __m512i bytes = bytes16(codes);
+    for (int f = 0; f < fields; f++) {
+      __m512i code = f ? _mm512_srli_epi32(bytes, unsigned(width * f)) : bytes;
+      if constexpr (BITS == 3) {
+        uint16_t high;
+        memcpy(&high, codes + 16 + 2 * f, 2);
+        code = _mm512_and_si512(code, _mm512_set1_epi32(3));
+        code = _mm512_mask_add_epi32(code, __mmask16(high), code, _mm512_set1_epi32(4));
+      }
+      const __m512 value = _mm512_permutexvar_ps(code, table);
+      sums[f] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + col + 16 * f), sums[f]);
+    }
+  }
+  __m512 sum = _mm512_add_ps(sums[0], sums[1]);
+  if constexpr (fields == 4) sum = _mm512_add_ps(sum, _mm512_add_ps(sums[2], sums[3]));
+  return _mm512_reduce_add_ps(sum);
+}
+
+float row_float(const Matrix& w, const float* x, int64_t row) {
+  return w.bits == 2 ? row_of<2>(w, x, row) : w.bits == 3 ? row_of<3>(w, x, row) : row_of<4>(w, x, row);
+}
+
+// 16 x 16 words transposed, and the first `n` words of each row of the result stored.
+WHIT_INLINE void transpose(__m512i* r, uint8_t* to, int64_t stride, __mmask16 kept) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; i++) {
+    _mm512_mask_storeu_epi32(to + i * stride, kept, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_mask_storeu_epi32(to + (i + 8) * stride, kept, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+  }
+}
+
+template <int BITS>
+void unpack_of(const Matrix& w, int64_t tile, uint8_t* codes) {
+  constexpr int n = quads_of<BITS>;
+  const uint8_t* at = w.codes + tile * w.row_bytes;
+  for (int64_t col = 0; col < w.padded; col += 64) {
+    __m512i words[16];
+    int64_t filled = 0;
+    for (int i = 0; i < 16; i += n) {
+      if (col + 4 * i >= w.padded) {
+        for (int j = 0; j < n; j++) words[i + j] = _mm512_setzero_si512();
+        continue;
+      }
+      quads<V, BITS>(at, words + i);
+      at += n * QUAD * BITS / 8;
+      filled = i + n;
+    }
+    transpose(words, codes + col, w.padded, __mmask16((1u << filled) - 1));
+  }
+}
+
+void unpack(const Matrix& w, int64_t tile, uint8_t* codes) {
+  static void (*const of_bits[])(const Matrix&, int64_t, uint8_t*) = {
+      unpack_of<2>, unpack_of<3>, unpack_of<4>, unpack_of<5>, unpack_of<6>, unpack_of<7>, unpack_of<8>};
+  of_bits[w.bits - 2](w, tile, codes);
+}
+
+void decode(const Matrix& w, const uint8_t* codes, int64_t tile, int64_t lane, void* out, int type) {
+  alignas(64) float levels[16] = {};
+  const bool small = w.bits <= 4, shifted = w.offset_kind == ZERO_POINT;
+  for (int i = 0; small && i < 1 << w.bits; i++)
+    levels[i] = w.books ? from_f16(w.books[(tile << w.bits) + i]) : w.levels ? w.levels[i] : float(i - w.zero);
+  const __m512 table = _mm512_load_ps(levels), zero = _mm512_set1_ps(float(w.zero));
+  const int64_t group = w.books ? w.padded : w.group;
+  for (int64_t g = 0; g < w.groups; g++) {
+    const int64_t at = (tile * w.groups + g) * LANES + lane;
+    const __m512 scale = _mm512_set1_ps(w.books ? 1.0f : load(w.scale, at, w.scale_type) * w.unit);
+    const __m512 point = _mm512_set1_ps(shifted ? float(w.offset[at]) : 0.0f);
+    const __m512 minimum = _mm512_set1_ps(w.offset_kind == MINIMUM ? load(w.offset, at, w.scale_type) : 0.0f);
+    const int64_t end = (g + 1) * group < w.cols ? (g + 1) * group : w.cols;
+    for (int64_t col = g * group; col < end; col += 16) {
+      const __m512i code = bytes16(codes + col);  // buffers are padded to blocks of at least sixteen
+      __m512 value;
+      if (small) value = _mm512_permutexvar_ps(code, table);
+      else if (w.levels) value = _mm512_i32gather_ps(code, w.levels, 4);
+      else value = _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero);
+      if (shifted) value = _mm512_sub_ps(value, point);
+      if (!w.books) value = _mm512_mul_ps(value, scale);
+      if (w.offset_kind == MINIMUM) value = _mm512_add_ps(value, minimum);
+      store16(out, col, value, type, end - col >= 16 ? __mmask16(0xffff) : __mmask16((1u << (end - col)) - 1));
+    }
+  }
+}
+
+const Kernels kernels = {"avx512-vnni", tiles_of<Floats>, tiles_of<Integers>, tiles_of<Fixed>, fixed, row_float, unpack, decode};
+
+}  // namespace
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+const Kernels* avx512() {
+  __builtin_cpu_init();
+  const bool all = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") &&
+                   __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  return all ? &kernels : nullptr;
+}
+
+}  // namespace whit
+
+#else
+
+namespace whit {
+const Kernels* avx512() { return nullptr; }
+}  // namespace whit
+
+#endif

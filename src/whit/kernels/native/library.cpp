@@ -1,0 +1,270 @@
+// The C interface: prepares activations, chooses the kernels for this processor, shares tiles among threads.
+//
+// A row of the result is computed by one thread, in one order: the number of threads does not change it.
+#include "host.h"
+
+#include <initializer_list>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace whit {
+namespace {
+
+const Kernels* chosen = nullptr;
+
+const Kernels* best() {
+  for (const Kernels* each : {avx512(), avx2(), neon()})
+    if (each) return each;
+  return generic();
+}
+
+// Activations as they are: [m][padded] floats, and the sums over groups that minima are multiplied with.
+Activations as_floats(const Matrix& w, const float* padded, int64_t m) {
+  Activations a = {};
+  a.m = m, a.stride = w.padded, a.groups = w.groups, a.x = padded;
+  if (w.offset_kind != MINIMUM) return a;
+  float* sums = scratch.take<float>(m * w.groups);
+  for (int64_t i = 0; i < m * w.groups; i++) {
+    const float* x = padded + i / w.groups * w.padded + i % w.groups * w.group;
+    float sum[8] = {};
+    for (int64_t j = 0; j < w.group; j += 8)
+      for (int64_t k = 0; k < 8; k++) sum[k] += x[j + k];
+    sums[i] = ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+  }
+  a.sums = sums;
+  return a;
+}
+
+// Activations in fixed point, each segment of a group with a scale of its own.
+Activations as_fixed(const Matrix& w, const float* padded, int64_t m) {
+  const int64_t per_group = segments_of(w.group, FIXED), n = w.groups * per_group;
+  int8_t* digits = scratch.take<int8_t>(m * w.padded * PARTS);
+  float* scale = scratch.take<float>(m * n);
+  int32_t* sums = scratch.take<int32_t>(m * n * 2);
+  for (int64_t i = 0; i < m * n; i++) {
+    const int64_t group = i % n / per_group, from = group * w.group + i % per_group * FIXED;
+    const int64_t end = (group + 1) * w.group, at = i / n * w.padded + from;
+    kernels()->fixed(padded + at, end - from < FIXED ? end - from : FIXED, digits + at * PARTS,
+                     Places{4, 4 * PARTS, 4}, scale + i, sums + 2 * i);
+  }
+  Activations a = {};
+  a.m = m, a.stride = w.padded, a.groups = w.groups, a.q = digits, a.q_scale = scale, a.q_sums = sums;
+  return a;
+}
+
+// y[i][row] = sums * x_scale[i] + bias[row]; x_scale null for 1.
+void finish(const float* sums, int64_t first, int64_t n, int64_t row, int64_t n_rows, int64_t rows, const float* x_scale,
+            int64_t scale_step, const void* bias, void* y, int type) {
+  for (int64_t i = 0; i < n; i++) {
+    const float factor = x_scale ? x_scale[(first + i) * scale_step] : 1.0f;
+    for (int64_t lane = 0; lane < n_rows; lane++) {
+      float value = sums[i * LANES + lane] * factor;
+      if (bias) value += load(static_cast<const uint8_t*>(bias), row + lane, type);
+      store(y, (first + i) * rows + row + lane, value, type);
+    }
+  }
+}
+
+using Tile = void (*)(const Matrix&, const Activations&, int64_t, int64_t, int64_t, float*);
+
+void run_tiles(Tile tile_of, const Matrix& w, const Activations& a, const float* x_scale, int64_t scale_step,
+               const void* bias, void* y, int type, int threads) {
+  const int64_t tiles = (w.rows + LANES - 1) / LANES;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    alignas(64) float out[MOST * LANES];
+    const int64_t row = tile * LANES, n_rows = w.rows - row < LANES ? w.rows - row : LANES;
+    for (int64_t first = 0; first < a.m; first += MOST) {
+      const int64_t n = a.m - first < MOST ? a.m - first : MOST;
+      tile_of(w, a, tile, first, n, out);
+      finish(out, first, n, row, n_rows, w.rows, x_scale, scale_step, bias, y, type);
+    }
+  }
+}
+
+void run_rows(const Matrix& w, const float* x, int64_t m, const float* x_scale, int64_t scale_step, const void* bias,
+              void* y, int type, int threads) {
+  const Kernels* k = kernels();
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < w.rows; row++) {
+    for (int64_t i = 0; i < m; i++) {
+      float sums[LANES];
+      sums[0] = k->row_float(w, x + i * w.padded, row);
+      finish(sums, i, 1, row, 1, w.rows, x_scale, scale_step, bias, y, type);
+    }
+  }
+}
+
+// One row's codes in column order, [padded].
+void row_codes(const Matrix& w, int64_t row, uint8_t* codes) {
+  if (w.books) return unpack_row(w.codes + row * w.row_bytes, w.bits, w.padded, codes);
+  const int64_t block = block_of(w.bits), lane = row % LANES;
+  const uint8_t* at = w.codes + row / LANES * w.row_bytes;
+  for (int64_t col = 0; col < w.padded; col += block, at += block * LANES * w.bits / 8) {
+    const int64_t quads = block / 4;
+    const uint8_t* plane = at;
+    memset(codes + col, 0, size_t(block));
+    int shift = 0;
+    for (int width = 8; width; width >>= 1) {
+      if (!(w.bits & width)) continue;
+      const int64_t fields = 8 / width;
+      const int mask = (1 << width) - 1;
+      for (int64_t i = 0; i < block; i++) {
+        const int64_t quad = i / 4;
+        const uint8_t byte = plane[quad / fields * QUAD + 4 * lane + i % 4];
+        codes[col + i] |= uint8_t(((byte >> (quad % fields * width)) & mask) << shift);
+      }
+      plane += quads / fields * QUAD;
+      shift += width;
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels* kernels() {
+  if (!chosen) chosen = best();
+  return chosen;
+}
+
+}  // namespace whit
+
+using namespace whit;
+
+WHIT_EXPORT const char* whit_name() { return kernels()->name; }
+
+// For tests: use the kernels of this name. Returns whether this processor has them.
+WHIT_EXPORT int whit_choose(const char* name) {
+  for (const Kernels* each : {avx512(), avx2(), neon(), generic()})
+    if (each && !strcmp(each->name, name)) {
+      chosen = each;
+      return 1;
+    }
+  return 0;
+}
+
+// y [m][rows] = x [m][cols] times the transposed matrix + bias [rows]; x, bias and y of `type`.
+WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y, int type, int threads, WHIT_MATRIX) {
+  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+  threads = threads_for(w, m, threads);
+  const int64_t n_segments = w.groups * segments_of(w.group, FIXED);
+  scratch.reserve(m * (w.padded * (4 + PARTS) + n_segments * 12) + 8 * ALIGN);
+  float* padded = scratch.take<float>(m * w.padded);
+  for (int64_t i = 0; i < m; i++) {
+    to_floats(x, i * cols, cols, type, padded + i * w.padded);
+    memset(padded + i * w.padded + cols, 0, size_t(w.padded - cols) * 4);
+  }
+  if (w.books) return run_rows(w, padded, m, nullptr, 0, bias, y, type, threads);
+  if (w.integer && kernels()->tile_fixed && finite(padded, m * w.padded))
+    return run_tiles(kernels()->tile_fixed, w, as_fixed(w, padded, m), nullptr, 0, bias, y, type, threads);
+  run_tiles(kernels()->tile_float, w, as_floats(w, padded, m), nullptr, 0, bias, y, type, threads);
+}
+
+// y [m][rows] = x_scale [m or 1] * x [m][cols] int8 times the transposed matrix + bias.
+WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_scale, int64_t scale_step, const void* bias,
+                                  void* y, int type, int threads, WHIT_MATRIX) {
+  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+  threads = threads_for(w, m, threads);
+  if (w.books || !w.integer) {  // levels that are no integers: codes of activations are exact floats
+    scratch.reserve(m * (w.padded + w.groups) * 4 + 4 * ALIGN);
+    float* padded = scratch.take<float>(m * w.padded);
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t j = 0; j < w.padded; j++) padded[i * w.padded + j] = j < cols ? float(x[i * cols + j]) : 0.0f;
+    if (w.books) return run_rows(w, padded, m, x_scale, scale_step, bias, y, type, threads);
+    return run_tiles(kernels()->tile_float, w, as_floats(w, padded, m), x_scale, scale_step, bias, y, type, threads);
+  }
+  const int64_t per_group = segments_of(w.group, SEGMENT), n_sums = w.groups * per_group;
+  scratch.reserve(m * (w.padded + n_sums * 4) + 4 * ALIGN);
+  int8_t* padded = scratch.take<int8_t>(m * w.padded);
+  int32_t* sums = scratch.take<int32_t>(m * n_sums);
+  for (int64_t i = 0; i < m; i++) {
+    memcpy(padded + i * w.padded, x + i * cols, size_t(cols));
+    memset(padded + i * w.padded + cols, 0, size_t(w.padded - cols));
+    for (int64_t s = 0; s < n_sums; s++) {
+      const int64_t end = (s / per_group + 1) * w.group, from = s / per_group * w.group + s % per_group * SEGMENT;
+      const int64_t to = from + SEGMENT < end ? from + SEGMENT : end;
+      int32_t sum = 0;
+      for (int64_t j = from; j < to; j++) sum += padded[i * w.padded + j];
+      sums[i * n_sums + s] = sum;
+    }
+  }
+  Activations a = {};
+  a.m = m, a.stride = w.padded, a.groups = w.groups, a.q = padded, a.q_sums = sums;
+  run_tiles(kernels()->tile_int8, w, a, x_scale, scale_step, bias, y, type, threads);
+}
+
+// q [m][cols] and scale [m] of x [m][cols]: symmetric, halves to even.
+WHIT_EXPORT void whit_quantize_rows(const void* x, int64_t m, int64_t cols, int8_t* q, float* scale, int type,
+                                    int threads) {
+#pragma omp parallel for schedule(static) num_threads(m* cols < SMALL ? 1 : threads)
+  for (int64_t i = 0; i < m; i++) {
+    scratch_of_part.reserve(cols * 4 + ALIGN);
+    float* row = scratch_of_part.take<float>(cols);
+    to_floats(x, i * cols, cols, type, row);
+    uint32_t most = 0;  // magnitudes compare as their bits do, and NaN is above all
+    for (int64_t j = 0; j < cols; j++) {
+      const uint32_t magnitude = to_bits(row[j]) & 0x7fffffff;
+      most = magnitude > most ? magnitude : most;
+    }
+    const float step = most ? from_bits(most) / 127.0f : 1.0f;
+    scale[i] = step;
+    for (int64_t j = 0; j < cols; j++) {
+      float value = row[j] / step;
+      value = value > 127.0f ? 127.0f : value;  // NaN stays
+      value = value < -127.0f ? -127.0f : value;
+      // adding and taking away 1.5 * 2^23 rounds to even
+      const float rounded = (value + 12582912.0f) - 12582912.0f;
+      q[i * cols + j] = rounded == rounded ? int8_t(int(rounded)) : int8_t(0);
+    }
+  }
+}
+
+// out [last - first][cols] of `type`: rows first .. last; in the tile form `first` is a multiple of 16.
+WHIT_EXPORT void whit_dequantize(int64_t first, int64_t last, void* out, int type, int threads, WHIT_MATRIX) {
+  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+  const Kernels* k = kernels();
+  const int64_t step = w.books ? 1 : LANES, size = type == F32 ? 4 : 2;
+#pragma omp parallel for schedule(static) num_threads((last - first) * w.cols < SMALL ? 1 : threads)
+  for (int64_t row = first; row < last; row += step) {
+    scratch_of_part.reserve(step * w.padded + ALIGN);
+    uint8_t* buffer = scratch_of_part.take<uint8_t>(step * w.padded);
+    if (w.books) row_codes(w, row, buffer);
+    else k->unpack(w, row / LANES, buffer);
+    for (int64_t lane = 0; lane < step && row + lane < last; lane++)
+      k->decode(w, buffer + lane * w.padded, row / step, lane,
+                static_cast<char*>(out) + (row + lane - first) * w.cols * size, type);
+  }
+}
+
+// out [n][cols] of `type`: the rows that index names; they are not checked.
+WHIT_EXPORT void whit_rows(const int64_t* index, int64_t n, void* out, int type, int threads, WHIT_MATRIX) {
+  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+  const Kernels* k = kernels();
+  const int64_t step = w.books ? 1 : LANES, size = type == F32 ? 4 : 2;
+#pragma omp parallel for schedule(static) num_threads(n * w.cols < SMALL ? 1 : threads)
+  for (int64_t i = 0; i < n; i++) {
+    scratch_of_part.reserve(w.padded + ALIGN);
+    uint8_t* buffer = scratch_of_part.take<uint8_t>(w.padded);
+    row_codes(w, index[i], buffer);
+    k->decode(w, buffer, index[i] / step, index[i] % step, static_cast<char*>(out) + i * w.cols * size, type);
+  }
+}
+
+// Ask for large pages under memory that is in use, where the system can do that (Linux from 6.1 on): fewer of them have
+// to be looked up, and a matrix is read up to a sixth faster. Nothing but speed depends on it.
+WHIT_EXPORT void whit_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 1 << 21;
+  constexpr int collapse = 25;  // MADV_COLLAPSE
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) / page * page;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, collapse);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+// A Python extension module by name only: it is built like one, and loaded with ctypes.
+WHIT_EXPORT void* PyInit__native() { return nullptr; }

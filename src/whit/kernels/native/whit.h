@@ -1,0 +1,212 @@
+// What the files of the library share: a packed matrix, activations in the order of the kernels, number formats.
+//
+// The matrix layout is that of docs/kernels.md. Code for one instruction set includes this header before it turns that
+// set on, and calls nothing from it that is not `static inline`, so that no function of another set is merged with it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace whit {
+
+constexpr int64_t LANES = 16;   // rows of a tile
+constexpr int64_t QUAD = 64;    // codes of four columns of a tile
+constexpr int64_t MOST = 4;     // rows of x that one call of a kernel takes
+constexpr int64_t SEGMENT = 4096;  // columns that integer sums may run over: 255 * 128 * 4096 < 2^31
+constexpr int64_t FIXED = 128;     // the same for x in fixed point: its parts' sums stay exact in float32
+constexpr int PARTS = 3;           // int8 digits of x in fixed point
+
+enum Type : int { F32 = 0, BF16 = 1, F16 = 2, E8M0 = 3, E4M3 = 4 };
+enum Offset : int { NONE = 0, ZERO_POINT = 1, MINIMUM = 2 };
+
+struct Matrix {
+  const uint8_t* codes;
+  const uint8_t* scale;    // [tiles][groups][16] of scale_type; null in the row form
+  const uint8_t* offset;   // zero points (uint8) or minima (scale_type), as the scale
+  const float* levels;     // [2^bits] when the levels are a table, else null
+  const uint16_t* books;   // row form: float16 [rows][2^bits]
+  int64_t rows, cols, padded, group, groups, row_bytes;  // row_bytes: of a tile, or of a row in the row form
+  int bits, zero, scale_type, offset_kind;
+  float unit;
+  // derived, for at most four bits
+  float values[16];        // levels by code, repeated; with zero points the codes
+  uint8_t unsigned_levels[16];  // for integer sums: level = factor * (this - bias)
+  bool integer;
+  int bias;
+  float factor;
+};
+
+struct Activations {
+  int64_t m, stride, groups;
+  const float* x;          // [m][stride], zeros beyond the columns
+  const float* sums;       // [m][groups]
+  // integers: x itself (one part), or digits of x in fixed point (PARTS, the highest first)
+  const int8_t* q;         // [m][stride / 4][parts][4]
+  const int32_t* q_sums;   // [m][groups][segments of a group][1 or 2]: of the highest digits, of the rest
+  const float* q_scale;    // fixed point: [m][groups][segments of a group]
+};
+
+// Where a column of x lies: `depth` (a power of two) columns together, then `step` bytes on; `part` bytes between digits.
+struct Places {
+  int64_t depth, step, part;
+  int64_t at(int64_t col) const { return col / depth * step + col % depth; }
+};
+
+// Many rows of x, for tile units: blocks of sixteen rows, in each block the parts, in each part the segments of groups
+// (`stretch` columns in memory), in each segment `depth` bytes of sixteen rows at a time.
+struct Tiled {
+  int64_t blocks, segments, per_group, segment, stretch, depth, part_bytes;
+  const int8_t* x;
+  const int32_t* sums;  // [segments][blocks * 16][1 or 2], as q_sums
+  const float* scale;   // fixed point: [segments][blocks * 16]
+};
+
+// Functions of tile units, or null: out [blocks * 16][16]. `weights` has room for the unpacked tile.
+struct Wide {
+  void (*begin)(int64_t depth);
+  void (*end)();
+  void (*integers)(const Matrix&, const Tiled&, int64_t tile, int8_t* weights, float* out);
+  void (*fixed)(const Matrix&, const Tiled&, int64_t tile, int8_t* weights, float* out);
+  void (*halves)(const Matrix&, const Tiled&, int64_t tile, int8_t* weights, float* out);
+  // y[i][row ..] = sums[i] * x_scale[i * scale_step] + bias, for n_rows <= 16 rows of the result
+  void (*finish)(const float* sums, int64_t m, int64_t n_rows, int64_t row, int64_t rows, const float* x_scale,
+                 int64_t scale_step, const void* bias, void* y, int type);
+};
+
+// Functions of tiles give out [n][16] for rows first .. first + n of x.
+struct Kernels {
+  const char* name;
+  void (*tile_float)(const Matrix&, const Activations&, int64_t tile, int64_t first, int64_t n, float* out);
+  void (*tile_int8)(const Matrix&, const Activations&, int64_t tile, int64_t first, int64_t n, float* out);
+  // as tile_int8, with x in fixed point; null where there is none
+  void (*tile_fixed)(const Matrix&, const Activations&, int64_t tile, int64_t first, int64_t n, float* out);
+  // n <= FIXED finite numbers in fixed point: digits at their places, their scale, their two sums
+  void (*fixed)(const float* x, int64_t n, int8_t* digits, Places to, float* scale, int32_t* sums);
+  float (*row_float)(const Matrix&, const float* x, int64_t row);
+  // codes [16][padded] of a tile
+  void (*unpack)(const Matrix&, int64_t tile, uint8_t* codes);
+  // out [cols] of `type`: one row from its codes; `lane` names its parameters in the tile
+  void (*decode)(const Matrix&, const uint8_t* codes, int64_t tile, int64_t lane, void* out, int type);
+};
+
+const Kernels* generic();
+const Kernels* avx2();    // null where the processor or the compiler lacks it
+const Kernels* avx512();
+const Kernels* neon();
+const Wide* amx();
+
+static inline float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+static inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+static inline float from_bf16(uint16_t half) { return from_bits(uint32_t(half) << 16); }
+
+static inline uint16_t to_bf16(float value) {  // to nearest, ties to even
+  uint32_t bits = to_bits(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float from_f16(uint16_t half) {
+  uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest >= 0x400) return from_bits(sign | ((rest << 13) + (112u << 23)));
+  float value = float(rest) * 5.9604644775390625e-8f;  // 2^-24, exact
+  return sign ? -value : value;
+}
+
+static inline uint16_t to_f16(float value) {  // to nearest, ties to even
+  uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00 | ((rest >> 13) & 0x3ff));
+  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (rest < 0x38800000) {  // below the smallest normal number the addition rounds
+    float shifted = from_bits(rest) + 0.5f;
+    return uint16_t(sign | (to_bits(shifted) - 0x3f000000));
+  }
+  rest += 0xfff + ((rest >> 13) & 1);
+  return uint16_t(sign | ((rest - (112u << 23)) >> 13));
+}
+
+static inline float from_e8m0(uint8_t byte) {
+  if (byte == 255) return from_bits(0x7fc00000);
+  return from_bits(byte ? uint32_t(byte) << 23 : 0x00400000);
+}
+
+static inline float from_e4m3(uint8_t byte) {
+  uint32_t rest = byte & 0x7f;
+  float value;
+  if (rest == 0x7f) value = from_bits(0x7fc00000);
+  else if (rest >= 8) value = from_bits((rest << 20) + (120u << 23));
+  else value = float(rest) * 0.001953125f;  // 2^-9
+  return byte & 0x80 ? -value : value;
+}
+
+static inline float load(const uint8_t* base, int64_t index, int type) {
+  uint16_t half;
+  float value;
+  switch (type) {
+    case F32: memcpy(&value, base + 4 * index, 4); return value;
+    case BF16: memcpy(&half, base + 2 * index, 2); return from_bf16(half);
+    case F16: memcpy(&half, base + 2 * index, 2); return from_f16(half);
+    case E8M0: return from_e8m0(base[index]);
+    default: return from_e4m3(base[index]);
+  }
+}
+
+static inline void store(void* base, int64_t index, float value, int type) {
+  if (type == F32) static_cast<float*>(base)[index] = value;
+  else static_cast<uint16_t*>(base)[index] = type == BF16 ? to_bf16(value) : to_f16(value);
+}
+
+static inline int64_t bytes_of(int type) { return type == F32 ? 4 : type == E8M0 || type == E4M3 ? 1 : 2; }
+
+// The exponent of fixed point for a largest magnitude (its bits): one more where the digits would not fit, and kept where
+// its own power of two and the inverse are normal numbers.
+static inline int exponent_of(uint32_t largest) {
+  const int exponent = int((largest + 0x20000) >> 23) - 127;
+  return exponent < -90 ? -90 : exponent;
+}
+
+static inline float power_of_two(int exponent) { return from_bits(uint32_t(exponent + 127) << 23); }
+
+static inline int64_t block_of(int bits) { return bits & 1 ? 32 : 16; }
+
+// The 64 codes (16 rows of 4 columns) of quad `quad` of a block.
+static inline void unpack_quad(const uint8_t* block, int bits, int quad, uint8_t* codes) {
+  const int quads = bits & 1 ? 8 : 4;
+  int shift = 0;
+  for (int i = 0; i < QUAD; i++) codes[i] = 0;
+  for (int width = 8; width; width >>= 1) {
+    if (!(bits & width)) continue;
+    const int fields = 8 / width, mask = (1 << width) - 1;
+    const uint8_t* chunk = block + quad / fields * QUAD;
+    const int field = quad % fields * width;
+    for (int i = 0; i < QUAD; i++) codes[i] |= uint8_t(((chunk[i] >> field) & mask) << shift);
+    block += quads / fields * QUAD;
+    shift += width;
+  }
+}
+
+// A row's codes in the row form: `n` columns from the start of a row, n a multiple of the block.
+static inline void unpack_row(const uint8_t* row, int bits, int64_t n, uint8_t* codes) {
+  const int width = bits == 4 ? 4 : 2, fields = 8 / width, mask = (1 << width) - 1;
+  const int64_t bytes = bits == 3 ? 24 : 16;
+  for (int64_t at = 0; at < n; at += 16 * fields, row += bytes)
+    for (int64_t field = 0; field < fields; field++)
+      for (int64_t i = 0; i < 16; i++) {
+        uint8_t code = (row[i] >> (width * field)) & mask;
+        if (bits == 3) code |= ((row[16 + 2 * field + i / 8] >> (i % 8)) & 1) << 2;
+        codes[at + 16 * field + i] = code;
+      }
+}
+
+}  // namespace whit

@@ -1,0 +1,172 @@
+"""The kernels as operators of torch, in the namespace `whit`, so that torch.compile and torch.export see through them.
+
+A signature holds tensors and numbers only. Every operator that reads a packed matrix takes the same ten arguments for
+it: codes, scale, offset (uint8: zero points, float: minima), table, rows, cols, bits, group, zero, unit (form.py).
+Plain matrices have no kernel: one operator decodes them, and its grid travels by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from whit.grids.grid import Grid
+from whit.grids.named import grid_name, grid_named
+from whit.kernels import library, reference
+from whit.kernels.packed import Packed, unpack
+
+_MATRIX = (
+    "Tensor codes, Tensor? scale, Tensor? offset, Tensor? table, "
+    "int rows, int cols, int bits, int group, int zero, float unit"
+)
+_LIBRARY = torch.library.Library("whit", "DEF")
+_LIBRARY.define(f"linear(Tensor x, Tensor? bias, {_MATRIX}) -> Tensor")
+_LIBRARY.define(f"linear_int8(Tensor x, Tensor x_scale, Tensor? bias, ScalarType dtype, {_MATRIX}) -> Tensor")
+_LIBRARY.define("quantize_rows(Tensor x) -> (Tensor, Tensor)")
+_LIBRARY.define(f"dequantize(ScalarType dtype, {_MATRIX}) -> Tensor")
+_LIBRARY.define(f"rows(Tensor index, ScalarType dtype, {_MATRIX}) -> Tensor")
+_LIBRARY.define("decode(Tensor codes, Tensor[] params, str grid, int rows, int cols) -> Tensor")
+
+# Grids that no name stands for, by their printed form: an operator's argument cannot be a grid.
+_GRIDS: dict[str, Grid] = {}
+
+
+def name_of(grid: Grid) -> str:
+    """What stands for a grid in an operator's arguments; grids without a name are remembered by their printed form."""
+    name = grid_name(grid)
+    _GRIDS.setdefault(name, grid)
+    return name
+
+
+def _linear(x: Tensor, bias: Tensor | None, *matrix: Any) -> Tensor:
+    if library.NATIVE is not None and x.dtype in library.FLOATS:
+        return library.NATIVE.linear(x, bias, *matrix)
+    return reference.linear(x, reference.dequantize(*matrix), bias)
+
+
+def _linear_int8(x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: Any) -> Tensor:
+    if library.NATIVE is not None:
+        return library.NATIVE.linear_int8(x, x_scale, bias, dtype, *matrix)
+    return reference.linear_int8(x, x_scale, reference.dequantize(*matrix), bias, dtype)
+
+
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    if library.NATIVE is not None and x.dtype in library.FLOATS:
+        return library.NATIVE.quantize_rows(x)
+    return reference.quantize_rows(x)
+
+
+def _dequantize(dtype: torch.dtype, *matrix: Any) -> Tensor:
+    if library.NATIVE is not None and dtype in library.FLOATS:
+        return library.NATIVE.dequantize(dtype, *matrix)
+    return reference.dequantize(*matrix).to(dtype)
+
+
+def _rows(index: Tensor, dtype: torch.dtype, *matrix: Any) -> Tensor:
+    codes, scale, offset, table, rows, cols, bits, group, zero, unit = matrix
+    if library.NATIVE is not None and dtype in library.FLOATS:
+        return library.NATIVE.rows(index, dtype, *matrix)
+    if scale is None:
+        few, at = index.reshape(-1), torch.arange(index.numel())
+        table, codes = table[few], codes[few]
+    else:  # the tiles of these rows alone
+        of_row, lane = index.reshape(-1) // 16, index.reshape(-1) % 16
+        at = torch.arange(index.numel()) * 16 + lane
+        codes, scale = codes[of_row], _select(scale, of_row)
+        offset = None if offset is None else _select(offset, of_row)
+        rows = 16 * index.numel()
+    if scale is None:
+        rows = index.numel()
+    found = reference.dequantize(codes, scale, offset, table, rows, cols, bits, group, zero, unit)
+    return found[at].view(*index.shape, cols).to(dtype)
+
+
+def _select(value: Tensor, index: Tensor) -> Tensor:
+    """Rows of a tensor of any dtype; 8-bit floats have no indexing of their own."""
+    return value.view(torch.uint8)[index].view(value.dtype) if value.dtype.itemsize == 1 else value[index]
+
+
+def _decode(codes: Tensor, params: Sequence[Tensor], name: str, rows: int, cols: int) -> Tensor:
+    grid = _GRIDS.get(name) or grid_named(name)
+    schema = grid.schema((rows, cols))
+    buffers = {"codes": codes, **dict(zip(schema, params, strict=True))}
+    return unpack(Packed(grid, (rows, cols), buffers)).dequantize()
+
+
+for _name, _function in {
+    "linear": _linear,
+    "linear_int8": _linear_int8,
+    "quantize_rows": _quantize_rows,
+    "dequantize": _dequantize,
+    "rows": _rows,
+    "decode": _decode,
+}.items():
+    _LIBRARY.impl(_name, _function, "CPU")
+
+
+# What torch.compile needs: shapes and dtypes alone.
+
+
+@torch.library.register_fake("whit::linear", lib=_LIBRARY)
+def _fake_linear(x: Tensor, bias: Tensor | None, *matrix: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], matrix[4])
+
+
+@torch.library.register_fake("whit::linear_int8", lib=_LIBRARY)
+def _fake_linear_int8(x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], matrix[4], dtype=dtype)
+
+
+@torch.library.register_fake("whit::quantize_rows", lib=_LIBRARY)
+def _fake_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+@torch.library.register_fake("whit::dequantize", lib=_LIBRARY)
+def _fake_dequantize(dtype: torch.dtype, *matrix: Any) -> Tensor:
+    return matrix[0].new_empty(matrix[4], matrix[5], dtype=dtype)
+
+
+@torch.library.register_fake("whit::rows", lib=_LIBRARY)
+def _fake_rows(index: Tensor, dtype: torch.dtype, *matrix: Any) -> Tensor:
+    return index.new_empty(*index.shape, matrix[5], dtype=dtype)
+
+
+@torch.library.register_fake("whit::decode", lib=_LIBRARY)
+def _fake_decode(codes: Tensor, params: Sequence[Tensor], grid: str, rows: int, cols: int) -> Tensor:
+    return codes.new_empty(rows, cols, dtype=torch.float32)
+
+
+# Gradients reach x alone: the weights are frozen.
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bias, codes, scale, offset, table, *numbers = inputs
+    ctx.numbers = numbers
+    ctx.present = [tensor is not None for tensor in (scale, offset, table)]
+    ctx.save_for_backward(*(tensor for tensor in (codes, scale, offset, table) if tensor is not None))
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    codes, *rest = ctx.saved_tensors
+    present = iter(rest)
+    scale, offset, table = (next(present) if there else None for there in ctx.present)
+    weight = torch.ops.whit.dequantize.default(grad.dtype, codes, scale, offset, table, *ctx.numbers)
+    grad_x = grad @ weight
+    grad_bias = None
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
+        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
+    return grad_x, grad_bias, *(None,) * 10
+
+
+torch.library.register_autograd("whit::linear", _backward, setup_context=_save, lib=_LIBRARY)
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear with weight and bias in x's dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -1,0 +1,57 @@
+"""The kernels in plain torch: the meaning of the native ones, and what runs where those are not built.
+
+They take what the operators take (ops.py): buffers and numbers, no grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from whit.kernels.packed import unpack_rows, unpack_tiles, untile_params
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor | None, offset: Tensor | None, table: Tensor | None,
+    rows: int, cols: int, bits: int, group: int, zero: int, unit: float,
+) -> Tensor:  # fmt: skip
+    """[rows, cols] float32, in the grid's own order of operations."""
+    if scale is None:
+        assert table is not None
+        return table.float().gather(1, unpack_rows(codes, cols, bits).long())
+    index = unpack_tiles(codes, rows, cols, bits)
+    if table is None:
+        levels = index.float().sub_(zero)
+    else:
+        levels = table.index_select(0, index.view(-1).int()).view(index.shape)
+    levels = levels.view(rows, -1, min(group, cols))  # a group that is a row may be longer, with what pads it
+    factor = untile_params(scale, rows).float()[..., None]
+    if unit != 1:
+        factor = factor * unit
+    shift = None if offset is None else untile_params(offset, rows).float()[..., None]
+    if shift is not None and offset is not None and offset.dtype == torch.uint8:
+        levels = levels - shift
+    levels = levels * factor
+    if shift is not None and offset is not None and offset.dtype != torch.uint8:
+        levels = levels + shift
+    return levels.reshape(rows, cols)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., cols] @ weight [rows, cols] float32, transposed, in x.dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def linear_int8(x: Tensor, x_scale: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x_scale * (x [..., cols] int8 @ weight [rows, cols] float32, transposed) + bias, in dtype."""
+    y = F.linear(x.float(), weight) * x_scale.float()
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and float32 scales [..., 1] of rows, symmetric; a row of zeros has scale 1."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
+    return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale

@@ -1,0 +1,136 @@
+"""`calibrate`: fixed scales for activations, from what arrives while the model runs.
+
+    with calibrate(model):
+        for batch in batches:
+            model(**batch)
+
+While the context lasts, matrices are seen rounded and activations are not; every layer counts the sizes of its inputs.
+At its end each gets one scale, chosen as `method` says. `auto` looks at the model's own predictions: it takes the
+method whose scales change them least, then gives a scale per token back to every layer where a fixed one hurts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from whit.calibration.ranges import RANGES, Histogram
+from whit.errors import RecipeError
+from whit.live.inputs import Inputs
+from whit.live.run import Call, divergence, log_probabilities, recorded
+from whit.live.smooth import smooth as smoothed
+
+AUTO = "auto"
+JUDGED = 2  # calls on whose predictions `auto` decides
+WORTH = 0.02  # share of the divergence that a scale per token must save to be given back
+METHODS = (*RANGES, AUTO)
+
+
+@dataclass
+class Calibrated:
+    """What came out of a calibration; filled when its context ends.
+
+    scales      name of the layer -> what its scale was chosen by, or "per token"
+    divergence  method -> mean KL from unrounded activations in nats, where `auto` measured it
+    smoothed    number of norms whose outputs were evened out
+    """
+
+    scales: dict[str, str] = field(default_factory=dict)
+    divergence: dict[str, float] = field(default_factory=dict)
+    smoothed: int = 0
+
+
+@contextmanager
+def calibrate(model: nn.Module, method: str = "minmax", smooth: bool = False) -> Iterator[Calibrated]:
+    """Fixed scales for all quantized activations of `model`.
+
+    method  minmax, percentile, mse, kl (docs/live.md), or auto
+    smooth  first move what sticks out of norms' outputs into the layers after them (SmoothQuant); needs a model that
+            is not frozen
+    Layers that saw nothing keep a scale per token. Raises RecipeError for another method, or when nothing is
+    quantized.
+    """
+    if method not in METHODS:
+        raise RecipeError(f"There is no calibration called {method!r}. Known: {', '.join(METHODS)}.")
+    inputs = {name: module for name, module in model.named_modules() if isinstance(module, Inputs)}
+    if not inputs:
+        raise RecipeError("No activations are quantized in this model: quantize(model, activations=qint8) first.")
+    result = Calibrated()
+    _observe(inputs.values(), True)
+    try:
+        with recorded(model) as calls:
+            yield result
+        if smooth:
+            result.smoothed = smoothed(model, calls)
+            _observe(inputs.values(), True)
+            for call in calls:
+                call(model)
+        histograms = {name: each.observer for name, each in inputs.items() if each.observer is not None}
+    finally:
+        _observe(inputs.values(), False)
+    if method == AUTO:
+        _choose(model, inputs, histograms, calls[:JUDGED], result)
+        return
+    for name, each in inputs.items():
+        each.fix(RANGES[method](histograms[name], 8))
+        result.scales[name] = method if each.static else "per token"
+
+
+def _observe(inputs: Iterable[Inputs], on: bool) -> None:
+    for each in inputs:
+        each.observer, each.enabled = (Histogram(), False) if on else (None, True)
+
+
+def _choose(
+    model: nn.Module,
+    inputs: dict[str, Inputs],
+    histograms: dict[str, Histogram],
+    calls: Sequence[Call],
+    result: Calibrated,
+) -> None:
+    """The method that changes predictions least, less the layers that are better off with a scale per token."""
+    for each in inputs.values():
+        each.enabled = False
+    reference = log_probabilities(model, calls)
+    for each in inputs.values():
+        each.enabled = True
+        each.fix(None)
+    result.divergence["per token"] = divergence(model, calls, reference)
+    for method, cut in RANGES.items():
+        for name, each in inputs.items():
+            each.fix(cut(histograms[name], 8))
+        result.divergence[method] = divergence(model, calls, reference)
+    method = min(RANGES, key=lambda each: result.divergence[each])
+    for name, each in inputs.items():
+        each.fix(RANGES[method](histograms[name], 8))
+        result.scales[name] = method if each.static else "per token"
+    now = result.divergence[method]
+    for names in _alike(histograms):
+        kept = {name: inputs[name].scale.clone() for name in names}
+        for name in names:
+            inputs[name].fix(None)
+        then = divergence(model, calls, reference)
+        if now - then > WORTH * now:
+            now = then
+            result.scales |= dict.fromkeys(names, "per token")
+            continue
+        for name in names:
+            inputs[name].restore(kept[name])
+    result.divergence[AUTO] = now
+
+
+def _alike(histograms: dict[str, Histogram]) -> list[list[str]]:
+    """Layers that saw the same values: a norm's output is what several layers are given."""
+    groups: list[list[str]] = []
+    for name, histogram in histograms.items():
+        for group in groups:
+            other = histograms[group[0]]
+            if other.most == histogram.most and other.counts.equal(histogram.counts):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups

@@ -1,0 +1,285 @@
+"""Error feedback on a live model: matrices rounded for what really arrives at them.
+
+The blocks of the model (its one long list of modules) are taken in order: what arrives at a block's matrices is seen
+with all earlier blocks rounded, then they are rounded together, as in the pipeline for files, by the same methods.
+What is outside of the blocks comes last. Before that, norms hand factors to the columns after them where that makes
+the rounding better (docs/rounding.md, "rescaled columns").
+
+A model without such a list is seen once, in float, and rounded as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from whit.calibration.moments import Moments, pooled
+from whit.grids.grid import Adaptive, Grid
+from whit.grids.lattice import Lattice
+from whit.grids.quantized import QuantizedTensor
+from whit.grids.scaled import Scaled
+from whit.grids.superblock import Superblock
+from whit.live.experts import QExpert, QExperts
+from whit.live.fold import Pair, fold, pairs_of
+from whit.live.modules import QEmbedding
+from whit.live.run import Call, hooked, unrounded
+from whit.live.twin import Twin
+from whit.parallel import spread
+from whit.products import coarse_products
+from whit.rounding.curvature import Curvature, curvature
+from whit.rounding.methods import FLOORED, Effort, rounded
+from whit.rounding.nearest import search
+from whit.transforms.awq import column_factors, sampled
+
+Progress = Callable[[int, int, str], None]
+ROWS = 1024  # rounded at a time, by one core
+
+
+def feedback(
+    model: nn.Module, twins: Mapping[str, Twin], calls: Sequence[Call], effort: Effort, progress: Progress | None = None
+) -> None:
+    """Round the given unfrozen twins of `model` and fix their codes.
+
+    twins  by name
+    calls  the calibration text
+    """
+    tell = progress or (lambda done, total, what: None)
+    pairs = pairs_of(model, calls[0]) if effort.rescale else []
+    chain = _chain(model, calls[0])
+    blocks = [] if chain is None else list(chain)
+    inside = [{name: each for name, each in twins.items() if _within(block, each)} for block in blocks]
+    rest = {name: each for name, each in twins.items() if not any(name in one for one in inside)}
+    total = len(blocks) + 1
+    with unrounded(model):
+        if blocks:
+            assert chain is not None
+            states = _states(model, chain, calls)
+            for k, (block, own) in enumerate(zip(blocks, inside, strict=True)):
+                tell(k, total, f"block {k}")
+                _round(own, [pair for pair in pairs if _within(block, pair.norm)], partial(states.run, block), effort)
+                states.advance(block)
+            states.calls.clear()
+        tell(total - 1, total, "head")
+
+        def everything() -> None:
+            for call in calls:
+                call(model)
+
+        outside = [pair for pair in pairs if not any(_within(block, pair.norm) for block in blocks)]
+        _round(rest, outside, everything, effort)
+    tell(total, total, "done")
+
+
+def _round(own: Mapping[str, Twin], pairs: Sequence[Pair], run: Callable[[], None], effort: Effort) -> None:
+    """See what arrives at some twins, rescale columns, round all and see them rounded from now on."""
+    seen = _Seen()
+    products = {name: each for name, each in own.items() if not isinstance(each, QEmbedding)}
+    with torch.no_grad(), hooked(products, seen), coarse_products():
+        run()
+    moments = _backed({name: seen.moments.get(name) for name in products}, own)
+    factors: dict[str, Tensor] = {}
+    curves: dict[int, Curvature] = {}
+
+    def curve(name: str) -> Curvature:
+        key = id(moments[name])
+        if key not in curves:
+            curves[key] = curvature(moments[name].H, effort.damping)
+        return curves[key]
+
+    for pair in pairs:
+        names = [name for name, each in own.items() if any(each is one for one in pair.consumers)]
+        if len(names) != len(pair.consumers) or not all(name in moments for name in names):
+            continue  # not all of them are to be rounded
+        if not all(_adaptive(own[name].grid) for name in names):
+            continue
+        samples = sampled((own[name].matrix.detach().float(), cast(Adaptive, own[name].grid)) for name in names)
+        c = curve(names[0])
+        t = column_factors(samples, c, torch.arange(c.H.shape[0]))
+        if t is not None:
+            fold(pair, t)
+            factors |= dict.fromkeys(names, t)
+            rescaled = c.rescaled(t, effort.damping)
+            for name in names:
+                curves[id(moments[name])] = rescaled
+    pieces = [
+        _Piece(name, each, rows, curve(name) if name in moments else None, effort)
+        for name, each in _once(own).items()
+        for rows in each.matrix.detach().float().split(ROWS)
+    ]
+    found = iter(spread(_one, pieces, lambda piece: piece.cost))
+    parts: dict[str, list[dict[str, Tensor]]] = {}
+    for piece in pieces:
+        parts.setdefault(piece.name, []).append(next(found))
+    for name, several in parts.items():
+        twin = own[name]
+        together = {key: torch.cat([part[key] for part in several]) for key in several[0]}
+        rows, cols = twin.matrix.shape
+        codes = together.pop("codes")
+        twin.fix(QuantizedTensor(twin.grid, (rows, cols), codes, together))
+    for name, twin in own.items():
+        if name not in parts:  # tied to one that was rounded: the same parameter, the same grid
+            twin.fix_as(next(own[each] for each in parts if own[each].tied_to(twin)))
+        twin.active = True
+
+
+def _backed(moments: Mapping[str, Moments | None], own: Mapping[str, Twin]) -> dict[str, Moments]:
+    """Those that something is known of; thin ones of experts are backed by the other experts of the layer."""
+    stacks: dict[str, list[str]] = {}
+    for name in moments:
+        if isinstance(own[name], QExpert):
+            stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    found = dict(moments)
+    for names in stacks.values():
+        found |= zip(names, pooled([moments[name] for name in names]), strict=True)
+    return {name: each for name, each in found.items() if each is not None and not each.is_empty}
+
+
+def _once(own: Mapping[str, Twin]) -> dict[str, Twin]:
+    """Of tied twins the one that multiplies."""
+    ordered = sorted(own.items(), key=lambda each: isinstance(each[1], QEmbedding))
+    seen: dict[int, str] = {}
+    for name, each in ordered:
+        seen.setdefault(id(each._parameters["weight"]), name)
+    return {name: own[name] for name in own if name in seen.values()}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of a matrix; no curvature where nothing is known of its inputs."""
+
+    name: str
+    twin: Twin
+    W: Tensor
+    c: Curvature | None
+    effort: Effort
+
+    @property
+    def cost(self) -> float:
+        rows, cols = self.W.shape
+        return cols * (500.0 + rows * (1 + cols / 2000))
+
+
+def _one(piece: _Piece) -> dict[str, Tensor]:
+    grid = piece.twin.grid
+    if piece.c is None or not _adaptive(grid):
+        importance = None if piece.c is None else piece.c.H.diagonal()
+        found = search(piece.W, grid, importance)
+    else:
+        best, _ = rounded(FLOORED, piece.W, cast(Adaptive, grid), piece.c, piece.effort)
+        found = best.quantized
+    return {**found.params, "codes": found.codes}
+
+
+def _adaptive(grid: Grid) -> bool:
+    """Whether error feedback works on it; others are searched with the weight of every column."""
+    return isinstance(grid, Scaled | Superblock | Lattice)
+
+
+class _Seen:
+    """Moments of what arrives at modules; those that are given the very same tensor share them."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Moments] = {}
+        self._last: list[tuple[Tensor, Moments]] = []
+
+    def __call__(self, name: str, x: Tensor) -> None:
+        shared = next((moments for other, moments in self._last if other is x), None)
+        if shared is not None:
+            self.moments.setdefault(name, shared)
+            return
+        moments = self.moments.setdefault(name, Moments(x.shape[-1]))
+        moments.add(x.detach().flatten(0, -2))
+        moments.settle()
+        self._last = [*self._last[-3:], (x, moments)]  # q, k and v come one after the other
+
+
+class _Recorder(nn.Module):
+    """Stands where a block stood."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.given = args, kwargs
+        return args[0] if args else kwargs["hidden_states"]
+
+
+@dataclass
+class _State:
+    """Where one call is: what every block is called with, and the hidden states that the next one is given."""
+
+    hidden: Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass
+class _States:
+    blocks: list[nn.Module]
+    calls: list[_State]
+
+    def run(self, block: nn.Module) -> None:
+        for state in self.calls:
+            self._called(block, state)
+
+    def advance(self, block: nn.Module) -> None:
+        with torch.no_grad():
+            for state in self.calls:
+                state.hidden = self._called(block, state)
+
+    def _called(self, block: nn.Module, state: _State) -> Tensor:
+        index = next(k for k, each in enumerate(self.blocks) if each is block)
+        args, kwargs = state.arguments[index]
+        out = block(state.hidden, *args[1:], **kwargs) if args else block(**{**kwargs, "hidden_states": state.hidden})
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+
+def _chain(model: nn.Module, call: Call) -> nn.ModuleList | None:
+    """The longest list of modules that are handed each other's hidden states; None when there is none."""
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) > 0]
+    for candidate in sorted(lists, key=len, reverse=True):
+        if not any(isinstance(each, Twin | QExperts) for block in candidate for each in block.modules()):
+            continue
+        try:
+            state = _record(model, candidate, call)
+        except (TypeError, AttributeError, KeyError, RuntimeError, ValueError):
+            continue  # what stands in for a block is not one to this model
+        if state is not None:
+            return candidate
+    return None
+
+
+def _record(model: nn.Module, blocks: nn.ModuleList, call: Call) -> _State | None:
+    """What every block is called with when the blocks before it do nothing; None when that is no chain."""
+    originals, recorders = dict(blocks._modules), [_Recorder() for _ in blocks]
+    for key, recorder in zip(originals, recorders, strict=True):
+        blocks._modules[key] = recorder
+        for name, value in originals[key].__dict__.items() if originals[key] is not None else ():
+            if name not in recorder.__dict__ and not name.startswith("_"):
+                recorder.__dict__[name] = value  # such as attention_type, which some models read from their blocks
+    try:
+        with torch.no_grad():
+            call(model)
+    finally:
+        blocks._modules.update(originals)
+    given = [recorder.given for recorder in recorders]
+    if any(each is None for each in given):
+        return None
+    first = [args[0] if args else kwargs.get("hidden_states") for args, kwargs in cast(Any, given)]
+    if not isinstance(first[0], Tensor) or any(each is not first[0] for each in first):
+        return None
+    return _State(first[0].clone(), cast(Any, given))
+
+
+def _states(model: nn.Module, blocks: nn.ModuleList, calls: Sequence[Call]) -> _States:
+    states = [cast(_State, _record(model, blocks, call)) for call in calls]
+    return _States(list(blocks), states)
+
+
+def _within(block: nn.Module, module: nn.Module) -> bool:
+    return any(each is module for each in block.modules())

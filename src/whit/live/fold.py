@@ -1,0 +1,138 @@
+"""Norms of a live model and the layers that multiply what they return: columns of the latter can be rescaled for free.
+
+    W' = W diag(t),    norm' = norm / t
+
+leaves the function alone if nothing but those layers sees the norm's output. Who sees it is found by running the model
+once and comparing tensors by identity; whether a norm's weight is a factor (or one plus a factor, as in Gemma) and
+whether something else looks at its output is found by trying: predictions must stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from whit.live.modules import QConv1D, QLinear
+from whit.live.run import Call, divergence, hooked, log_probabilities, unrounded
+from whit.live.twin import Twin
+
+SAME = 1e-6  # nats; what float32 rounding makes of predictions is far below
+RELATIVE = 1e-4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A norm and the layers that are given its output.
+
+    name       of the norm
+    plus_one   whether the norm multiplies by one plus its weight
+    """
+
+    name: str
+    norm: nn.Module
+    consumers: tuple[Twin, ...]
+    plus_one: bool
+
+
+def pairs_of(model: nn.Module, call: Call) -> list[Pair]:
+    """All pairs of an unfrozen model, found with one call and checked with a few more."""
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), Tensor)
+    }
+    twins = {
+        name: each
+        for name, each in model.named_modules()
+        if isinstance(each, QLinear | QConv1D) and each.frozen is None
+    }
+    made: dict[str, tuple[Tensor, Tensor]] = {}  # norm -> what it was given and what it returned
+    given: dict[str, Tensor] = {}
+    arrived: dict[str, Tensor] = {}
+
+    def returned(name: str, y: Tensor) -> None:
+        made[name] = arrived[name], y
+
+    with (
+        torch.no_grad(),
+        hooked(norms, arrived.__setitem__),
+        hooked(norms, returned, outputs=True),
+        hooked(twins, given.__setitem__),
+    ):
+        call(model)
+    found = []
+    for name, norm in norms.items():
+        if name not in made:
+            continue
+        consumers = tuple(twins[key] for key, x in given.items() if x is made[name][1])
+        kind = _kind(norm, *made[name]) if consumers else None
+        if kind is not None:
+            found.append(Pair(name, norm, consumers, kind))
+    return _sound(model, found, call)
+
+
+def fold(pair: Pair, t: Tensor) -> None:
+    """Multiply the consumers' columns by t [cols] and divide what the norm returns."""
+    with torch.no_grad():
+        for twin in pair.consumers:
+            W = twin.weight
+            W.mul_((t[:, None] if twin.turned else t).to(W.dtype))
+            twin.forget()
+        _divide(pair.norm, t, pair.plus_one)
+
+
+def _divide(norm: nn.Module, t: Tensor, plus_one: bool) -> None:
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    assert isinstance(weight, Tensor)
+    weight.copy_((1 + weight) / t - 1 if plus_one else weight / t)
+    if isinstance(bias, Tensor):
+        bias.div_(t)
+
+
+def _kind(norm: nn.Module, x: Tensor, y: Tensor) -> bool | None:
+    """Whether the norm adds one to its weight; None when it does neither."""
+    if not isinstance(y, Tensor) or y.shape[-1:] != norm.weight.shape:
+        return None
+    t = _test_factors(y.shape[-1])
+    state = {key: value.clone() for key, value in norm.state_dict().items()}
+    with torch.no_grad():
+        for plus_one in (False, True):
+            _divide(norm, t, plus_one)
+            after = norm(x)
+            norm.load_state_dict(state)
+            if torch.allclose(after.float() * t, y.float(), rtol=1e-2 if y.dtype.itemsize < 4 else RELATIVE, atol=1e-5):
+                return plus_one
+    return None
+
+
+def _test_factors(n: int) -> Tensor:
+    """Powers of two, so that float arithmetic loses nothing."""
+    return torch.tensor([0.5, 1.0, 2.0]).repeat(-(-n // 3))[:n]
+
+
+def _sound(model: nn.Module, pairs: Sequence[Pair], call: Call) -> list[Pair]:
+    """The pairs that can be folded without changing what the model predicts."""
+    with unrounded(model):
+        reference = log_probabilities(model, [call])
+
+        def harmless(some: Iterable[Pair]) -> bool:
+            chosen = list(some)
+            for pair in chosen:
+                fold(pair, _test_factors(_width(pair)))
+            after = divergence(model, [call], reference)
+            for pair in chosen:
+                fold(pair, 1 / _test_factors(_width(pair)))
+            return after < SAME
+
+        if harmless(pairs):
+            return list(pairs)
+        return [pair for pair in pairs if harmless([pair])]
+
+
+def _width(pair: Pair) -> int:
+    weight = pair.norm.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]

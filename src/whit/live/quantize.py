@@ -1,0 +1,279 @@
+"""`quantize` and `freeze`: a model's layers replaced by twins on grids, then by codes.
+
+    quantize(model, weights=qint8, activations=qint8)
+    with calibrate(model):
+        model(**batch)
+    freeze(model)
+
+Replacing is done in place and by structure: what a module computes decides, not which architecture it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from whit.allocator import return_memory
+from whit.errors import BadWeightsError, RecipeError
+from whit.grids.grid import Grid
+from whit.grids.named import grid_name
+from whit.live.experts import QExperts
+from whit.live.feedback import Progress, feedback
+from whit.live.inputs import Inputs
+from whit.live.modules import QConv1D, QEmbedding, QLinear, quantize_outputs
+from whit.live.report import Left, Replaced, Report
+from whit.live.run import Batch, Call, calls_of
+from whit.live.stored import Frozen, Stored
+from whit.live.twin import Ties, Twin
+from whit.live.types import fitted, type_named
+from whit.pipeline.effort import PRESETS
+from whit.rounding.methods import FLOORED
+from whit.rounding.nearest import search
+
+Patterns = str | Sequence[str] | None
+Text = Batch | Sequence[Batch] | str | Sequence[str]
+NEAREST, SEARCH = "nearest", "search"
+METHODS = (NEAREST, SEARCH, FLOORED)
+KINDS = {"qint8": "int8", "qfloat8": "fp8"}  # types of activations
+FACTOR = "embed_scale"  # what transformers' scaled embeddings call their factor
+
+
+def quantize(
+    model: nn.Module,
+    weights: Grid | str | None = None,
+    activations: Grid | str | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    method: str = "nearest",
+    calibration: Text | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+    preset: str = "fast",
+    progress: Progress | None = None,
+) -> Report:
+    """Replace layers by twins on grids, in place; weights stay float, and are seen rounded, until `freeze`.
+
+    weights      a type such as `qint4`, or the name of a grid; None leaves all matrices float
+    activations  `qint8` or `qfloat8`: what arrives at layers and what norms return is quantized too
+    include      shell patterns of module names; None for all
+    exclude      likewise; wins
+    method       how codes are chosen: "nearest" from the range of a group, "search" for the least squared error,
+                 "feedback" for the least error at the layer's output on the calibration text (docs/rounding.md)
+    calibration  for "feedback": token ids [n, length] int64, batches as the model takes them, or texts
+    tokenizer    for texts
+    preset       how much work "feedback" does
+    progress     told (steps done, steps in all, what)
+    Modules that already are twins stay as they are, so that calls for different layers add up.
+    Returns what was replaced and what was left alone with the reason.
+    Raises RecipeError for a type that is not known or does not fit, BadWeightsError for NaN and infinities.
+    """
+    grid, kind = type_named(weights), _kind(activations)
+    calls = _calls(method, calibration, tokenizer, preset)
+    replaced: list[Replaced] = []
+    left: list[Left] = []
+    twins: dict[int, nn.Module] = {}  # a module that is used twice is replaced once
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Twin | QExperts | Stored | Inputs | nn.ModuleList | nn.ModuleDict):
+            continue
+        chosen = _matches(name, include, True) and not _matches(name, exclude, False)
+        twin = twin_of(name, module, grid, kind) if chosen else "excluded"
+        if isinstance(twin, str):
+            own = sum(each.numel() for each in module.parameters(recurse=False))
+            if own:
+                left.append(Left(name, type(module).__name__, own, twin))
+            continue
+        made, found = twin
+        replaced.append(found)
+        if made is not None:
+            twins[id(module)] = made
+    swap(model, twins)
+    new = {name: each for name, each in model.named_modules() if isinstance(each, Twin) and _is_new(each, twins)}
+    if method == SEARCH:
+        _searched(new)
+    elif method == FLOORED:
+        assert calls is not None
+        feedback(model, new, calls, PRESETS[preset].effort, progress)
+    return Report(tuple(replaced), tuple(left))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of all parameters and buffers, shared ones once."""
+
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        return f"{self.before / 1e6:,.1f} MB before, {self.after / 1e6:,.1f} MB after ({self.after / self.before:.3f}x)"
+
+
+def freeze(model: nn.Module) -> Memory:
+    """Keep codes instead of float weights, everywhere in the model, in place.
+
+    Gradients do not reach frozen matrices. Returns the bytes before and after.
+    """
+    before = n_bytes(model)
+    ties = Ties()
+    for twin in twins_of(model):
+        if twin.frozen is None:
+            ties.freeze(twin, lambda twin=twin: Frozen.of(twin.quantized()))  # type: ignore[misc]
+    del ties
+    return_memory()
+    return Memory(before, n_bytes(model))
+
+
+def twins_of(model: nn.Module) -> Iterator[Twin]:
+    """All twins, in the model's order."""
+    return (module for module in model.modules() if isinstance(module, Twin))
+
+
+def n_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return sum({each.data_ptr() or id(each): each.nbytes for each in tensors}.values())
+
+
+def _calls(
+    method: str, calibration: Text | None, tokenizer: Callable[..., Any] | None, preset: str
+) -> list[Call] | None:
+    if method not in METHODS:
+        raise RecipeError(f"There is no method called {method!r} for live models. Known: {', '.join(METHODS)}.")
+    if preset not in PRESETS:
+        raise RecipeError(f"There is no preset called {preset!r}. Known: {', '.join(PRESETS)}.")
+    if method != FLOORED:
+        return None
+    if calibration is None:
+        raise RecipeError(
+            'method="feedback" rounds for what arrives at the layers: give it calibration=, ids or texts.'
+        )
+    if isinstance(calibration, str):
+        calibration = [calibration]
+    if not isinstance(calibration, Tensor | Mapping) and calibration and isinstance(calibration[0], str):
+        if tokenizer is None:
+            raise RecipeError("Texts need a tokenizer: quantize(..., calibration=texts, tokenizer=tokenizer).")
+        calibration = [torch.tensor([tokenizer(text)["input_ids"]]) for text in calibration]
+    calls = calls_of(cast(Any, calibration))
+    if not calls:
+        raise RecipeError("The calibration text is empty.")
+    return calls
+
+
+def _searched(twins: Mapping[str, Twin]) -> None:
+    done: list[Twin] = []
+    for twin in twins.values():
+        other = next((each for each in done if each.tied_to(twin)), None)
+        if other is None:
+            twin.fix(search(twin.matrix.detach().float(), twin.grid))
+            done.append(twin)
+        else:
+            twin.fix_as(other)
+
+
+def _is_new(twin: Twin, twins: Mapping[int, nn.Module]) -> bool:
+    return any(twin is made or any(twin is each for each in made.modules()) for made in twins.values())
+
+
+def _kind(activations: Grid | str | None) -> str | None:
+    if activations is None:
+        return None
+    for name, kind in KINDS.items():
+        if type_named(activations) == type_named(name):
+            return kind
+    raise RecipeError(f"activations can be {' or '.join(KINDS)}, found {activations}.")
+
+
+def twin_of(
+    name: str, module: nn.Module, grid: Grid | None, kind: str | None
+) -> tuple[nn.Module | None, Replaced] | str:
+    """A module's twin and what to report, or why there is none; no twin for a norm, which is changed in place."""
+    if _is_norm(module):
+        if kind is None or getattr(module, "quantized", False):
+            return "a norm: its few weights stay float"
+        quantize_outputs(module, kind)
+        return None, Replaced(name, type(module).__name__, "", kind, 0)
+    stacks = {key: value for key, value in module._parameters.items() if value is not None and value.dim() == 3}
+    plain = module._parameters.get("weight")
+    matrix = plain if plain is not None and plain.dim() == 2 else None
+    if matrix is None and not stacks:
+        return "no layer that can be on a grid"
+    if grid is None:
+        return "no type of weights was asked for"
+    made: nn.Module
+    try:
+        if isinstance(module, nn.Linear):
+            if type(module).forward is not nn.Linear.forward or isinstance(module, NonDynamicallyQuantizableLinear):
+                return "a Linear that computes something else, or is read from outside"
+            chosen, note = _fitting(name, module.weight, grid)
+            made = QLinear(module, chosen, kind)
+        elif type(module).__name__ == "Conv1D" and matrix is not None:
+            chosen, note = _fitting(name, matrix.T, grid)
+            made = QConv1D(module, chosen, kind)
+        elif isinstance(module, nn.Embedding):
+            factor = getattr(module, FACTOR, None)
+            if type(module).forward is not nn.Embedding.forward and not isinstance(factor, Tensor):
+                return "an Embedding that computes something else"
+            if module.max_norm is not None or module.sparse:
+                return "an Embedding that changes while it is read, or has sparse gradients"
+            chosen, note = _fitting(name, module.weight, grid)
+            made = QEmbedding(module, chosen, factor)
+            kind = None
+        elif stacks and (hasattr(module, "act_fn") or hasattr(module, "_apply_gate")):
+            return _experts(name, module, stacks, grid, kind)
+        else:
+            return "a matrix of its own kind, such as a router's"
+    except RecipeError as error:
+        return str(error)
+    n = matrix.numel() if matrix is not None else 0
+    return made, Replaced(name, type(made).__name__, grid_name(chosen), kind or "", n, note)
+
+
+def _experts(
+    name: str, module: nn.Module, stacks: Mapping[str, nn.Parameter], grid: Grid, kind: str | None
+) -> tuple[nn.Module, Replaced]:
+    turned, grids, notes = bool(getattr(module, "is_transposed", False)), dict[str, Grid](), list[str]()
+    n = sum(stack.numel() for stack in stacks.values())
+    for key, stack in stacks.items():
+        one = stack[0].T if turned else stack[0]
+        grids[key], note = _fitting(f"{name}.{key}", one, grid)
+        _check(f"{name}.{key}", stack)
+        notes += [note] if note else []
+    label = ", ".join(dict.fromkeys(map(grid_name, grids.values())))
+    return QExperts(module, grids, kind), Replaced(name, "QExperts", label, kind or "", n, "; ".join(notes))
+
+
+def _fitting(name: str, W: Tensor, grid: Grid) -> tuple[Grid, str]:
+    _check(name, W)
+    return fitted(grid, W.shape[1])
+
+
+def _check(name: str, W: Tensor) -> None:
+    if not W.is_meta and not torch.isfinite(W.sum()) and not torch.isfinite(W).all():
+        raise BadWeightsError(f"{name}: its weights hold NaN or infinities; nothing can be made of them.")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """One vector of weights, perhaps a second of biases, and a name that says it."""
+    own = [each for each in module._parameters.values() if each is not None]
+    return "Norm" in type(module).__name__ and bool(own) and all(each.dim() == 1 for each in own)
+
+
+def _matches(name: str, patterns: Patterns, absent: bool) -> bool:
+    if patterns is None:
+        return absent
+    return any(fnmatchcase(name, each) for each in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def swap(model: nn.Module, twins: Mapping[int, nn.Module]) -> None:
+    """Put twins where their originals are, wherever that is."""
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is not None and id(child) in twins:
+                twin = twins[id(child)]
+                twin.train(child.training)
+                parent._modules[key] = twin

@@ -1,0 +1,83 @@
+"""Tensors of a file format inside a torch module: they move between devices and are never cast.
+
+`module.to(torch.bfloat16)` casts every buffer of a float type. A scale that is half precision in the file, and that
+codes were chosen for, must stay what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from whit.grids.grid import Grid, Params
+from whit.grids.quantized import QuantizedTensor
+from whit.kernels.packed import Packed, pack, unpack
+
+
+class Stored(nn.Module):
+    """Named tensors, kept as they are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """tensors  by name; they are not copied."""
+        super().__init__()
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
+
+    @property
+    def tensors(self) -> Params:
+        """By name."""
+        return {name: value for name, value in self._buffers.items() if value is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for name, value in self.tensors.items():
+            device = fn(torch.empty(0, device=value.device)).device
+            if device != value.device:
+                moved = torch.empty_like(value, device=device) if value.is_meta else value.to(device)
+                self._buffers[name] = moved
+        self._changed()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Other tensors have come in the place of these."""
+
+
+class Frozen(Stored):
+    """A matrix as codes.
+
+    packed  what the kernels read
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        """packed  its buffers become this module's."""
+        super().__init__(packed.buffers)
+        self.packed = packed
+
+    @classmethod
+    def of(cls, quantized: QuantizedTensor) -> Frozen:
+        """From codes and parameters."""
+        return cls(pack(quantized))
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that it is on."""
+        return self.packed.grid
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """Codes and parameters, as they were."""
+        return unpack(self.packed)
+
+    def extra_repr(self) -> str:
+        """Shape, and bytes."""
+        rows, cols = self.packed.shape
+        return f"{rows} x {cols}, {sum(each.nbytes for each in self.tensors.values())} bytes"
+
+    def _changed(self) -> None:
+        self.packed = Packed(self.packed.grid, self.packed.shape, dict(self.tensors))

@@ -1,0 +1,194 @@
+"""The matrix of a live module: a float parameter that is seen rounded, until it is frozen to codes.
+
+While training or calibrating, the parameter keeps its name, so that optimizers, state_dicts and tied weights work as
+ever; whoever multiplies gets decode(round(W)), with gradients straight through. Freezing replaces the parameter by
+its codes. Tied modules share one parameter before and one set of codes after.
+
+Parameters of the grid are found from W whenever W has changed, as the range of a group says, or are fixed because a
+search or error feedback has chosen them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from whit.grids.grid import Grid, Params
+from whit.grids.quantized import QuantizedTensor
+from whit.kernels.matmul import dequantize, linear, linear_int8
+from whit.live.inputs import Inputs
+from whit.live.stored import Frozen, Stored
+from whit.rounding.nearest import nearest
+
+
+class _Through(torch.autograd.Function):
+    """decode(codes, params) forward; backward W gets the gradient as it is, every float parameter its own."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, codes: Tensor, grid: Grid, names: tuple[str, ...], *params: Tensor) -> Tensor:
+        given = dict(zip(names, params, strict=True))
+        ctx.grid, ctx.names = grid, names
+        ctx.save_for_backward(codes, *params)
+        return grid.decode(codes, given)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        codes, *params = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4:]
+        grads: list[Tensor | None] = [None] * len(params)
+        if any(wanted):
+            bases = ctx.grid.bases(codes, dict(zip(ctx.names, params, strict=True)))
+            for k, (name, value) in enumerate(zip(ctx.names, params, strict=True)):
+                if wanted[k]:
+                    rows, spans = value.shape
+                    product = gradient * bases[name]
+                    total = product.sum() if rows == 1 < product.shape[0] else product.view(rows, spans, -1).sum(-1)
+                    grads[k] = total.view(value.shape).to(value.dtype)
+        return gradient, None, None, None, *grads
+
+
+def straight_through(W: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """The decoded matrix [rows, cols] float32, whose gradient W [rows, cols] gets as if it was W.
+
+    Float parameters of the grid that require gradients get theirs: d decoded / d parameter at fixed codes.
+    Source: arXiv 1308.3432; arXiv 1902.08153 (LSQ) for the steps.
+    """
+    names, params = tuple(quantized.params), tuple(quantized.params.values())
+    return cast(Tensor, _Through.apply(W, quantized.codes, quantized.grid, names, *params))
+
+
+class Twin(nn.Module):
+    """A module with one matrix, and perhaps quantized inputs. Subclasses are final: they only multiply.
+
+    grid    of the matrix
+    inputs  how what arrives is quantized, None for not at all
+    frozen  the codes, None before
+    active  whether the matrix is seen rounded
+    """
+
+    turned = False  # whether the parameter is [in, out]
+
+    def __init__(self, weight: Tensor, grid: Grid, inputs: str | None) -> None:
+        """weight  the original's own parameter, shared with whatever it is tied to."""
+        super().__init__()
+        self._parameters["weight"] = cast(nn.Parameter, weight)  # a property has the name
+        self.grid, self.active = grid, True
+        self.inputs = None if inputs is None else Inputs(inputs)
+        self.frozen: Frozen | None = None
+        self.fixed: Stored | None = None
+        self._seen: tuple[Any, Tensor] | None = None
+        self._chosen: tuple[Any, QuantizedTensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """As the original has it: the parameter, or what the codes stand for, in float32."""
+        parameter = self._parameters.get("weight")
+        if parameter is not None:
+            return parameter
+        W = dequantize(cast(Frozen, self.frozen).packed, torch.float32)
+        return W.T if self.turned else W
+
+    @property
+    def matrix(self) -> Tensor:
+        """[rows, cols], the parameter or the codes decoded."""
+        return self.weight.T if self.turned else self.weight
+
+    def quantized(self) -> QuantizedTensor:
+        """Codes and parameters of the matrix as it is now."""
+        if self.frozen is not None:
+            return self.frozen.quantized
+        if self._chosen is not None and self._chosen[0] == self._key():
+            return self._chosen[1]
+        W = self.matrix.detach().float()
+        if self.fixed is None:
+            return nearest(W, self.grid)
+        params: Params = self.fixed.tensors
+        rows, cols = W.shape
+        with torch.no_grad():
+            return QuantizedTensor(self.grid, (rows, cols), self.grid.round(W, params), dict(params))
+
+    def seen(self) -> Tensor:
+        """[rows, cols], what is multiplied with before freezing, in the parameter's dtype; differentiable."""
+        W = self.matrix
+        if not self.active:
+            return W
+        scales = self.fixed.tensors.values() if self.fixed is not None else ()
+        trained = torch.is_grad_enabled() and (W.requires_grad or any(each.requires_grad for each in scales))
+        if trained:
+            return straight_through(W, self.quantized()).to(W.dtype)
+        key = self._key()
+        if key is None:
+            return self.quantized().dequantize().to(W.dtype)
+        if self._seen is None or self._seen[0] != key:
+            self._seen = key, self.quantized().dequantize().to(W.dtype)
+        return self._seen[1]
+
+    def _key(self) -> tuple[Any, ...] | None:
+        """Another one whenever the parameter has changed; None when that cannot be seen."""
+        parameter = self._parameters.get("weight")
+        if parameter is None or parameter.is_inference():
+            return None
+        return parameter.data_ptr(), parameter._version, parameter.device, parameter.dtype
+
+    def fix(self, quantized: QuantizedTensor) -> None:
+        """From now on the matrix is these codes; parameters of the grid stay when it is trained further."""
+        parameter = self._parameters["weight"]
+        assert parameter is not None  # only before freezing
+        Q = quantized.dequantize().to(parameter.dtype)
+        with torch.no_grad():
+            parameter.copy_(Q.T if self.turned else Q)
+        self.fixed, self._seen = Stored({name: value.clone() for name, value in quantized.params.items()}), None
+        self._chosen = self._key(), quantized  # the parameter may have too few bits for all of its codes
+
+    def tied_to(self, other: Twin) -> bool:
+        """Whether both see the same parameter, on the same grid."""
+        return self._parameters.get("weight") is other._parameters.get("weight") and self.grid == other.grid
+
+    def fix_as(self, other: Twin) -> None:
+        """From now on the matrix is what it is for a twin that it is tied to."""
+        self.fixed, self._chosen, self._seen = other.fixed, other._chosen, None
+
+    def forget(self) -> None:
+        """The parameter has been changed from outside: nothing that was chosen for it holds."""
+        self._seen, self._chosen, self.fixed = None, None, None
+
+    def become(self, frozen: Frozen) -> None:
+        """Only these codes are left."""
+        self._parameters.pop("weight", None)
+        self.frozen, self.fixed, self._seen, self._chosen = frozen, None, None, None
+
+
+class Ties:
+    """Codes that were made for parameters: twins of one parameter and one grid share theirs.
+
+    It holds on to the parameters, because an identity says nothing once its owner is gone.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, Grid], tuple[Tensor, Frozen]] = {}
+
+    def freeze(self, twin: Twin, make: Callable[[], Frozen]) -> None:
+        """Let a twin become its codes: those of a twin that it is tied to, or what `make` makes."""
+        parameter = twin._parameters["weight"]
+        assert parameter is not None
+        key = id(parameter), twin.grid
+        if key not in self._made:
+            self._made[key] = parameter, make()
+        twin.become(self._made[key][1])
+
+
+def multiplied(twin: Twin, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., cols] times the transposed matrix of a twin, plus the bias [rows]: [..., rows]."""
+    inputs, frozen = twin.inputs, twin.frozen
+    if frozen is None:
+        return functional.linear(x if inputs is None else inputs(x), twin.seen(), bias)
+    if inputs is None:
+        return linear(x, frozen.packed, bias)
+    if inputs.counts and not (torch.is_grad_enabled() and x.requires_grad):
+        codes, scale = inputs.codes(x)
+        return linear_int8(codes, scale, frozen.packed, bias, x.dtype)
+    return linear(inputs(x), frozen.packed, bias)

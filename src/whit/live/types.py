@@ -1,0 +1,81 @@
+"""The types that weights and activations can have, by the names that people know: grids, nothing else.
+
+`qint8` is symmetric 8-bit integers per output channel; the smaller ones share a scale (and a zero point) per group of
+64 weights of a row. `grouped(qint4, 32)` is the same with another group. Given as `activations=`, `qint8` and
+`qfloat8` mean 8 bits with one fixed scale where `calibrate` has found one, and one scale per token elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from whit.errors import RecipeError
+from whit.grids.codebook import Codebook
+from whit.grids.grid import Grid
+from whit.grids.named import GRIDS, grid_named
+from whit.grids.scaled import PerChannel, PerGroup, Scaled
+
+qint8 = grid_named("int8:f32")
+qint4 = grid_named("int4-g64-asym")
+qint3 = grid_named("int3-g64-asym")
+qint2 = grid_named("int2-g64-asym")
+qfloat8 = qfloat8_e4m3 = GRIDS["fp8"]
+qfloat8_e5m2 = GRIDS["fp8-e5m2"]
+nf4 = GRIDS["nf4-g64"]
+mxfp4 = GRIDS["mxfp4"]
+codebook4 = Codebook(4)
+codebook3 = Codebook(3)
+codebook2 = Codebook(2)
+
+TYPES: dict[str, Grid] = {
+    "qint8": qint8,
+    "qint4": qint4,
+    "qint3": qint3,
+    "qint2": qint2,
+    "qfloat8": qfloat8,
+    "qfloat8_e4m3": qfloat8_e4m3,
+    "qfloat8_e4m3fn": qfloat8_e4m3,
+    "qfloat8_e5m2": qfloat8_e5m2,
+    "nf4": nf4,
+    "mxfp4": mxfp4,
+    "codebook4": codebook4,
+    "codebook3": codebook3,
+    "codebook2": codebook2,
+}
+SIZES = (128, 64, 32, 16, 8)  # groups that are tried where the one that is asked for does not divide a row
+FLOAT8 = {torch.float8_e4m3fn: qfloat8, torch.float8_e5m2: qfloat8_e5m2}
+
+
+def type_named(name: str | Grid | None) -> Grid | None:
+    """The type called `name`: one of TYPES, or any grid. Raises RecipeError that lists the names there are."""
+    if not isinstance(name, str):
+        return name
+    return TYPES[name] if name in TYPES else grid_named(name)
+
+
+def grouped(grid: Grid, size: int) -> Grid:
+    """The same levels with one scale per `size` consecutive weights of a row.
+
+    Raises RecipeError for grids whose groups are part of what they are.
+    """
+    if not isinstance(grid, Scaled) or size < 1:
+        raise RecipeError(f"{grid} has no groups of {size}.")
+    return replace(grid, scheme=PerGroup(size))
+
+
+def fitted(grid: Grid, cols: int) -> tuple[Grid, str]:
+    """The grid with groups that divide rows of `cols` weights, and what was changed, empty for nothing.
+
+    Raises RecipeError when none fit and one scale per row is no grid of this kind either.
+    """
+    if cols % grid.spans(cols)[0] == 0 and cols % grid.step == 0:
+        return grid, ""
+    if not isinstance(grid, Scaled) or not isinstance(grid.scheme, PerGroup) or grid in (mxfp4, GRIDS["nvfp4"]):
+        raise RecipeError(f"rows of {cols} weights do not divide into blocks of {grid.spans(cols)[0]}")
+    asked = grid.scheme.size
+    size = next((each for each in SIZES if each < asked and cols % each == 0), None)
+    if size is None:
+        return replace(grid, scheme=PerChannel()), f"one scale per row: no group divides {cols} weights"
+    return replace(grid, scheme=PerGroup(size)), f"groups of {size}: {asked} do not divide {cols} weights"
