@@ -24,6 +24,7 @@ LAYERS = {
     "evaluation": 6,
     "pipeline": 7,
     "live": 8, "runtime": 8,
+    "quanto": 9,
     "cli": 9,
 }  # fmt: skip
 

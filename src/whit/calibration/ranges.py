@@ -150,6 +150,16 @@ def _divergence(counts: Tensor, cut: int, levels: int) -> float:
     return (p * (p / q).log()).sum().item()
 
 
+def coarseness(histogram: Histogram, most: float, bits: int = 8) -> float:
+    """Mean squared error of rounding to 2^(bits-1) - 1 steps up to `most`, as a share of the mean square."""
+    counts = histogram.all_counts()
+    x = (torch.arange(len(counts), dtype=torch.float64) + 0.5) * max(histogram.width, 1e-30)
+    top = 2 ** (bits - 1) - 1
+    scale = max(most, 1e-30) / top
+    left = (x / scale).round().clamp(max=top) * scale
+    return (((left - x).square() @ counts) / (x.square() @ counts).clamp(min=1e-300)).item()
+
+
 RANGES: dict[str, Callable[[Histogram, int], float]] = {
     "minmax": minmax,
     "percentile": partial(percentile),

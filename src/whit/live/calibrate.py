@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from whit.calibration.ranges import RANGES, Histogram
+from whit.calibration.ranges import RANGES, Histogram, coarseness
 from whit.errors import RecipeError
 from whit.live.inputs import Inputs
 from whit.live.run import Call, divergence, log_probabilities, recorded
@@ -25,6 +25,7 @@ from whit.live.smooth import smooth as smoothed
 
 AUTO = "auto"
 JUDGED = 2  # calls on whose predictions `auto` decides
+PATIENCE = 8  # layers in a row that gain nothing before `auto` stops looking
 WORTH = 0.02  # share of the divergence that a scale per token must save to be given back
 METHODS = (*RANGES, AUTO)
 
@@ -108,15 +109,19 @@ def _choose(
         each.fix(RANGES[method](histograms[name], 8))
         result.scales[name] = method if each.static else "per token"
     now = result.divergence[method]
-    for names in _alike(histograms):
+    missed = 0
+    for names in sorted(_alike(histograms), key=lambda names: -coarseness(histograms[names[0]], inputs[names[0]].most)):
+        if missed == PATIENCE:
+            break  # the coarsest come first
         kept = {name: inputs[name].scale.clone() for name in names}
         for name in names:
             inputs[name].fix(None)
         then = divergence(model, calls, reference)
         if now - then > WORTH * now:
-            now = then
+            now, missed = then, 0
             result.scales |= dict.fromkeys(names, "per token")
             continue
+        missed += 1
         for name in names:
             inputs[name].restore(kept[name])
     result.divergence[AUTO] = now

@@ -46,6 +46,11 @@ class Inputs(nn.Module):
         """Whether there is a fixed scale."""
         return self._static
 
+    @property
+    def most(self) -> float:
+        """The largest value that a fixed scale holds, 0 without one."""
+        return self.scale.item() * KINDS[self.kind]
+
     def fix(self, most: float | None) -> None:
         """One scale for everything, such that `most` is the largest value; None for one per token."""
         self._static = most is not None and most > 0

@@ -55,7 +55,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, overwrite:
         for name, value in tensors.items():
             shards.write(name, value.detach().cpu())
         shards.close()
-        content = {"version": VERSION, "modules": _map(model), "tied": tied}
+        content = {"version": VERSION, "modules": map_of(model), "tied": tied}
         (partial / MAP).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         config = getattr(model, "config", None)
         if hasattr(config, "to_dict"):
@@ -86,7 +86,7 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
     if model is None:
         model = empty_model(Model(str(path), read_config(folder), source, 0))
     try:
-        _shape(model, content["modules"])
+        shape_as(model, content["modules"])
         state = {name: source.read(name) for name in source.names()}
         state |= {name: state[other] for name, other in content["tied"].items()}
         if dtype is not None:
@@ -116,7 +116,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return found, tied
 
 
-def _map(model: nn.Module) -> dict[str, dict[str, Any]]:
+def map_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What every changed module is."""
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -138,7 +138,7 @@ def _of_experts(model: nn.Module, name: str) -> bool:
     return parent != name and isinstance(model.get_submodule(parent), QExperts)
 
 
-def _shape(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
+def shape_as(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
     """Give a model the twins that the map names, with empty codes."""
     made: dict[int, nn.Module] = {}
     ties = Ties()

@@ -1,0 +1,164 @@
+"""The names that users of optimum-quanto know, with what Whit does behind them.
+
+    from whit.quanto import Calibration, freeze, qint8, quantize
+
+docs/quanto.md lists what is the same and what is not: activations are quantized at inputs of layers (and outputs of
+norms) alone, embeddings and Conv1D are quantized, int4 has integer zero points and groups of 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from whit.calibration.ranges import Histogram, minmax
+from whit.grids.grid import Grid
+from whit.live.inputs import Inputs
+from whit.live.quantize import freeze, twins_of
+from whit.live.quantize import quantize as _quantize
+from whit.live.report import Report
+from whit.live.save import load, map_of, save, shape_as
+from whit.live.types import (
+    qfloat8,
+    qfloat8_e4m3,
+    qfloat8_e5m2,
+    qint2,
+    qint3,
+    qint4,
+    qint8,
+)
+
+qfloat8_e4m3fn = qfloat8_e4m3
+
+__all__ = [
+    "Calibration",
+    "QuantizedModelForCausalLM",
+    "freeze",
+    "qfloat8",
+    "qfloat8_e4m3fn",
+    "qfloat8_e5m2",
+    "qint2",
+    "qint3",
+    "qint4",
+    "qint8",
+    "quantization_map",
+    "quantize",
+    "requantize",
+]
+
+
+def quantize(
+    model: nn.Module,
+    weights: Grid | str | None = None,
+    activations: Grid | str | None = None,
+    optimizer: Any = None,
+    include: Any = None,
+    exclude: Any = None,
+) -> Report:
+    """As `whit.quantize`, in the order of arguments of optimum-quanto; patterns may be a string or a list.
+
+    optimizer  has no counterpart: Whit chooses scales by `method` (docs/live.md). Raises TypeError when it is given
+    """
+    if optimizer is not None:
+        raise TypeError('optimizers of scales are not taken; whit.quantize(..., method="search") looks for scales.')
+    return _quantize(model, weights, activations, include, exclude)
+
+
+class Calibration:
+    """Fixed scales for the activations of whatever quantized model runs while the context lasts.
+
+    Scales are the largest values that were seen; `whit.calibrate` has better ways to choose them.
+    """
+
+    def __init__(self, momentum: float = 0.9, streamline: bool = True, debug: bool = False) -> None:
+        """The arguments are taken and change nothing: nothing is averaged, and only inputs of layers are quantized."""
+        self._seen: list[Inputs] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._seen.clear()
+        self._stack.enter_context(register_module_forward_pre_hook(self._notice))
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stack.close()
+        for each in self._seen:
+            observer, each.observer, each.enabled = each.observer, None, True
+            if observer is not None and kind is None:
+                each.fix(minmax(observer))
+
+    def _notice(self, module: nn.Module, args: Any) -> None:
+        if isinstance(module, Inputs) and module.observer is None:
+            module.observer, module.enabled = Histogram(), False
+            self._seen.append(module)
+
+
+def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Which module is quantized how; with a state_dict all that `requantize` needs."""
+    return map_of(model)
+
+
+def requantize(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    quantization_map: Mapping[str, Mapping[str, Any]],
+    device: torch.device | None = None,
+) -> None:
+    """Give a float model of the same architecture (on the meta device, too) the quantized weights of another, in place.
+
+    state_dict        of a frozen model
+    quantization_map  of that model
+    Raises ModelError or RuntimeError when they do not fit.
+    """
+    shape_as(model, quantization_map)
+    moved = {name: value if device is None else value.to(device) for name, value in state_dict.items()}
+    model.load_state_dict(moved, strict=True, assign=True)
+
+
+class QuantizedModelForCausalLM:
+    """A frozen causal model with the verbs of optimum-quanto's class; everything else is the model's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """model  frozen, from transformers"""
+        if not any(twin.frozen is not None for twin in twins_of(model)):
+            raise ValueError("The model must be quantized: QuantizedModelForCausalLM.quantize(model, weights=qint4).")
+        self._wrapped = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_wrapped"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
+
+    @classmethod
+    def quantize(
+        cls,
+        model: nn.Module,
+        weights: Grid | str | None = None,
+        activations: Grid | str | None = None,
+        optimizer: Any = None,
+        include: Any = None,
+        exclude: Any = None,
+    ) -> QuantizedModelForCausalLM:
+        """Quantize and freeze `model` in place."""
+        quantize(model, weights, activations, optimizer, include, exclude)
+        freeze(model)
+        return cls(model)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it to a folder, as `whit.save` does, over an older one."""
+        save(self._wrapped, folder, overwrite=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> QuantizedModelForCausalLM:
+        """From a folder of `save_pretrained`, or any other quantized model that Whit reads."""
+        return cls(load(folder))

@@ -1,0 +1,94 @@
+"""Code that was written for optimum-quanto, with another import."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tiny import random_tokens, tiny_model
+from whit.live.inputs import Inputs
+from whit.live.quantize import twins_of
+from whit.quanto import (
+    Calibration,
+    QuantizedModelForCausalLM,
+    freeze,
+    qint4,
+    qint8,
+    quantization_map,
+    quantize,
+    requantize,
+)
+
+IDS = torch.tensor([random_tokens(20)])
+
+
+def logits(model: nn.Module | QuantizedModelForCausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_the_usual_lines_quantize_calibrate_and_freeze() -> None:
+    model = tiny_model("llama")
+    expected = logits(model)
+    quantize(model, qint8, qint8, None, None, "lm_head")
+    with Calibration(momentum=0.9):
+        logits(model)
+    freeze(model)
+    inputs = [each for each in model.modules() if isinstance(each, Inputs)]
+    assert inputs
+    assert all(each.static and each.enabled and each.observer is None for each in inputs)
+    assert type(model.lm_head) is nn.Linear
+    assert (logits(model) - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_calibration_touches_only_what_runs_in_it() -> None:
+    first, second = tiny_model("llama"), tiny_model("llama", seed=1)
+    for model in (first, second):
+        quantize(model, qint8, qint8)
+    with Calibration():
+        logits(first)
+    logits(second)
+    assert all(each.static for each in first.modules() if isinstance(each, Inputs))
+    assert not any(each.static for each in second.modules() if isinstance(each, Inputs))
+
+
+def test_an_error_inside_leaves_scales_per_token() -> None:
+    model = tiny_model("llama")
+    quantize(model, qint8, qint8)
+
+    def broken() -> None:
+        with Calibration():
+            logits(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    assert not any(each.static or each.observer for each in model.modules() if isinstance(each, Inputs))
+
+
+def test_requantize_needs_a_state_dict_and_a_map() -> None:
+    model = tiny_model("mixtral")
+    quantize(model, weights=qint4, activations=qint8)
+    with Calibration():
+        logits(model)
+    freeze(model)
+    other = tiny_model("mixtral", seed=5)
+    requantize(other, model.state_dict(), quantization_map(model))
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_the_model_class_saves_and_loads(tmp_path: Path) -> None:
+    wrapped = QuantizedModelForCausalLM.quantize(tiny_model("gpt2"), weights="qint4", exclude="lm_head")
+    wrapped.save_pretrained(tmp_path / "out")
+    again = QuantizedModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(wrapped), rtol=1e-4, atol=1e-4)  # attention may be another
+    assert again.config.model_type == "gpt2"
+    assert len(list(twins_of(again._wrapped))) == len(list(twins_of(wrapped._wrapped)))
+
+
+def test_what_has_no_counterpart_is_refused() -> None:
+    with pytest.raises(TypeError, match="search"):
+        quantize(tiny_model("llama"), qint8, None, object())
+    with pytest.raises(ValueError, match="must be quantized"):
+        QuantizedModelForCausalLM(tiny_model("llama"))
