@@ -14,7 +14,7 @@ from pathlib import Path
 
 WORK = Path(__file__).parent / "work"
 SOURCE_PACKAGE = "llama-cpp-python==0.3.36"
-TOOLS = ("llama-quantize", "llama-perplexity", "llama-imatrix")
+TOOLS = ("llama-quantize", "llama-perplexity", "llama-imatrix", "llama-bench")
 
 
 def llama_cpp(tool: str) -> Path:

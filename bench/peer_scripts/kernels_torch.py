@@ -1,7 +1,6 @@
 """Time per product of Whit's kernels and of torch's own: THREADS ROWS COLS M BYTES, one line "name seconds" per pass.
 
-Every call reads another copy of its matrix, BYTES of them in all; with BYTES 0, or from 64 rows of x on, always
-the same one. Names without
+Every call reads another copy of its matrix, BYTES of them in all; with BYTES 0 always the same one. Names without
 "whit" are torch's. Calls are timed from Python, with all that a module's forward would pay.
 """
 

@@ -85,7 +85,7 @@ def check_folder(path: Path, n_bytes: int, overwrite: bool) -> None:
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise OutputError(f"{path}: exists already. Choose another name, or add --force to replace it.")
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "whit.json")):
             raise OutputError(f"{path}: holds other things than a model and is not replaced. Choose another folder.")
     _check_place(path, n_bytes)
 

@@ -110,12 +110,15 @@ def grid_named(name: str) -> Grid:
     return replace(grid, scale_dtype=DTYPES[dtype]) if dtype and isinstance(grid, Scaled) else grid
 
 
-_TABLES = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
+_TABLES = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "fp8": FP8_LEVELS, "fp8-e5m2": E5M2_LEVELS}
 
 
-def _composed(name: str) -> Scaled | None:
+def _composed(name: str) -> Grid | None:
     """A grid that has no line of its own, such as `int4-g16-min`: levels, groups, what is stored beside the scale."""
-    found = re.fullmatch(r"(int([2-8])|nf4|fp4)(-g([1-9]\d*)|-tensor|)(-asym|-min|)", name)
+    learned = re.fullmatch(r"codebook([1-8])", name)
+    if learned is not None:
+        return Codebook(int(learned[1]))
+    found = re.fullmatch(r"(int([2-8])|nf4|fp4|fp8|fp8-e5m2)(-g([1-9]\d*)|-tensor|)(-asym|-min|)", name)
     if found is None or (found[5] and not found[2]):
         return None
     scheme = PerGroup(int(found[4])) if found[4] else _SCHEMES[found[3]]
@@ -157,6 +160,8 @@ def grid_name(grid: Grid) -> str:
     for name, known in GRIDS.items():
         if known == grid:
             return name
+    if isinstance(grid, Codebook):
+        return f"codebook{grid.bits}"
     if isinstance(grid, Indexed):
         return f"{grid_name(grid.base)}:{INDEX}"
     if isinstance(grid, Scaled):

@@ -150,6 +150,8 @@ class QuantizedCacheLayer(DynamicLayer):
         """Forget the latest tokens. Raises RecipeError when some of them are rounded already."""
         latest = self._keys.latest
         n = abs(tokens_to_remove)
+        if n == 0:
+            return
         if latest is None or latest.shape[-2] < n:
             raise RecipeError(f"{n} tokens cannot be taken back from a quantized cache: its window is shorter.")
         for half in (self._keys, self._values):

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from whit.calibration.ranges import RANGES, Histogram, coarseness
@@ -64,11 +65,14 @@ def calibrate(model: nn.Module, method: str = "minmax", smooth: bool = False) ->
     try:
         with recorded(model) as calls:
             yield result
+        if not calls and (smooth or method == AUTO):
+            raise RecipeError("The model was not called while it was calibrated: nothing can be tried on its inputs.")
         if smooth:
             result.smoothed = smoothed(model, calls)
             _observe(inputs.values(), True)
-            for call in calls:
-                call(model)
+            with torch.no_grad():
+                for call in calls:
+                    call(model)
         histograms = {name: each.observer for name, each in inputs.items() if each.observer is not None}
     finally:
         _observe(inputs.values(), False)

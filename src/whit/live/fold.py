@@ -38,7 +38,10 @@ class Pair:
 
 
 def pairs_of(model: nn.Module, call: Call) -> list[Pair]:
-    """All pairs of an unfrozen model, found with one call and checked with a few more."""
+    """All pairs of an unfrozen model, found with one call and checked with a few more.
+
+    Layers whose codes have been chosen already keep them, and so does the norm before them.
+    """
     norms = {
         name: module
         for name, module in model.named_modules()
@@ -47,7 +50,7 @@ def pairs_of(model: nn.Module, call: Call) -> list[Pair]:
     twins = {
         name: each
         for name, each in model.named_modules()
-        if isinstance(each, QLinear | QConv1D) and each.frozen is None
+        if isinstance(each, QLinear | QConv1D) and each.frozen is None and each.fixed is None
     }
     made: dict[str, tuple[Tensor, Tensor]] = {}  # norm -> what it was given and what it returned
     given: dict[str, Tensor] = {}
@@ -77,11 +80,16 @@ def pairs_of(model: nn.Module, call: Call) -> list[Pair]:
 def fold(pair: Pair, t: Tensor) -> None:
     """Multiply the consumers' columns by t [cols] and divide what the norm returns."""
     with torch.no_grad():
-        for twin in pair.consumers:
-            W = twin.weight
-            W.mul_((t[:, None] if twin.turned else t).to(W.dtype))
-            twin.forget()
+        _multiply(pair, t)
         _divide(pair.norm, t, pair.plus_one)
+    for twin in pair.consumers:
+        twin.forget()
+
+
+def _multiply(pair: Pair, t: Tensor) -> None:
+    for twin in pair.consumers:
+        W = twin.weight
+        W.mul_((t[:, None] if twin.turned else t).to(W.dtype))
 
 
 def _divide(norm: nn.Module, t: Tensor, plus_one: bool) -> None:
@@ -119,12 +127,16 @@ def _sound(model: nn.Module, pairs: Sequence[Pair], call: Call) -> list[Pair]:
         reference = log_probabilities(model, [call])
 
         def harmless(some: Iterable[Pair]) -> bool:
-            chosen = list(some)
-            for pair in chosen:
-                fold(pair, _test_factors(_width(pair)))
-            after = divergence(model, [call], reference)
-            for pair in chosen:
-                fold(pair, 1 / _test_factors(_width(pair)))
+            chosen = [(pair, _test_factors(_width(pair))) for pair in some]
+            kept = [{key: value.clone() for key, value in pair.norm.state_dict().items()} for pair, _ in chosen]
+            with torch.no_grad():
+                for pair, t in chosen:
+                    _multiply(pair, t)
+                    _divide(pair.norm, t, pair.plus_one)
+                after = divergence(model, [call], reference)
+                for (pair, t), state in zip(chosen, kept, strict=True):
+                    _multiply(pair, 1 / t)
+                    pair.norm.load_state_dict(state)  # dividing back would round one plus a weight
             return after < SAME
 
         if harmless(pairs):

@@ -78,11 +78,21 @@ def quantize(
     replaced: list[Replaced] = []
     left: list[Left] = []
     twins: dict[int, nn.Module] = {}  # a module that is used twice is replaced once
+
+    def chosen(name: str) -> bool:
+        return _matches(name, include, True) and not _matches(name, exclude, False)
+
+    if grid is not None:
+        for name, parameter in model.named_parameters():  # before anything is changed
+            if parameter.dim() in (2, 3) and chosen(name.rpartition(".")[0]):
+                _check(name, parameter)
     for name, module in list(model.named_modules()):
         if isinstance(module, Twin | QExperts | Stored | Inputs | nn.ModuleList | nn.ModuleDict):
             continue
-        chosen = _matches(name, include, True) and not _matches(name, exclude, False)
-        twin = twin_of(name, module, grid, kind) if chosen else "excluded"
+        if module is model and not _is_norm(module):
+            twin: tuple[nn.Module | None, Replaced] | str = "the model itself: nothing holds it, so nothing replaces it"
+        else:
+            twin = twin_of(name, module, grid, kind) if chosen(name) else "excluded"
         if isinstance(twin, str):
             own = sum(each.numel() for each in module.parameters(recurse=False))
             if own:
@@ -209,10 +219,10 @@ def twin_of(
         if isinstance(module, nn.Linear):
             if type(module).forward is not nn.Linear.forward or isinstance(module, NonDynamicallyQuantizableLinear):
                 return "a Linear that computes something else, or is read from outside"
-            chosen, note = _fitting(name, module.weight, grid)
+            chosen, note = fitted(grid, module.weight.shape[1])
             made = QLinear(module, chosen, kind)
         elif type(module).__name__ == "Conv1D" and matrix is not None:
-            chosen, note = _fitting(name, matrix.T, grid)
+            chosen, note = fitted(grid, matrix.shape[0])
             made = QConv1D(module, chosen, kind)
         elif isinstance(module, nn.Embedding):
             factor = getattr(module, FACTOR, None)
@@ -220,7 +230,7 @@ def twin_of(
                 return "an Embedding that computes something else"
             if module.max_norm is not None or module.sparse:
                 return "an Embedding that changes while it is read, or has sparse gradients"
-            chosen, note = _fitting(name, module.weight, grid)
+            chosen, note = fitted(grid, module.weight.shape[1])
             made = QEmbedding(module, chosen, factor)
             kind = None
         elif stacks and (hasattr(module, "act_fn") or hasattr(module, "_apply_gate")):
@@ -240,16 +250,10 @@ def _experts(
     n = sum(stack.numel() for stack in stacks.values())
     for key, stack in stacks.items():
         one = stack[0].T if turned else stack[0]
-        grids[key], note = _fitting(f"{name}.{key}", one, grid)
-        _check(f"{name}.{key}", stack)
+        grids[key], note = fitted(grid, one.shape[1])
         notes += [note] if note else []
     label = ", ".join(dict.fromkeys(map(grid_name, grids.values())))
     return QExperts(module, grids, kind), Replaced(name, "QExperts", label, kind or "", n, "; ".join(notes))
-
-
-def _fitting(name: str, W: Tensor, grid: Grid) -> tuple[Grid, str]:
-    _check(name, W)
-    return fitted(grid, W.shape[1])
 
 
 def _check(name: str, W: Tensor) -> None:

@@ -46,9 +46,10 @@ def recorded(model: nn.Module) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if kwargs.get("past_key_values") is not None:  # a later step of generating: it cannot be called again
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length():  # a later step of generating: it cannot be called again
             return
-        calls.append(Call(args, dict(kwargs)))
+        calls.append(Call(args, {key: value for key, value in kwargs.items() if key != "past_key_values"}))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:

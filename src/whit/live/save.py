@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from whit.checkpoints.atomic import whole_folder
 from whit.checkpoints.folder import open_folder, read_config, read_json
 from whit.checkpoints.safetensors_writer import SHARD_BYTES, Shards
-from whit.errors import BrokenFileError, ModelError, OutputError
+from whit.errors import BrokenFileError, ModelError, OutputError, RecipeError
 from whit.grids.grid import Grid, Spec
 from whit.grids.named import grid_name, grid_named
 from whit.kernels.form import buffer_specs
@@ -35,7 +35,7 @@ from whit.live.twin import Ties, Twin
 from whit.models.model import Model
 
 MAP, VERSION = "whit.json", 1
-BROKEN = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecipeError)
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, overwrite: bool = False) -> None:
@@ -49,13 +49,13 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, overwrite:
     if loose:
         raise OutputError(f"{len(loose)} layers are not frozen yet ({loose[0]} is one): freeze(model) first.")
     tensors, tied = _tensors(model)
+    content = {"version": VERSION, "modules": map_of(model), "tied": tied}
     shards = Shards({name: Spec(tuple(each.shape), each.dtype) for name, each in tensors.items()}, SHARD_BYTES)
     with whole_folder(path, shards.n_bytes, overwrite) as partial:
         shards.create(partial)
         for name, value in tensors.items():
             shards.write(name, value.detach().cpu())
         shards.close()
-        content = {"version": VERSION, "modules": map_of(model), "tied": tied}
         (partial / MAP).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         config = getattr(model, "config", None)
         if hasattr(config, "to_dict"):
@@ -98,7 +98,17 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
     if missing or unexpected:
         named = ", ".join([*missing, *unexpected][:3])
         raise BrokenFileError(f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unknown ({named}).")
+    _tie(model, content["tied"])
     return model.eval()
+
+
+def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """One parameter where one was saved under two names."""
+    for name, other in tied.items():
+        (parent, _, key), (home, _, own) = name.rpartition("."), other.rpartition(".")
+        parameters = model.get_submodule(parent)._parameters
+        if key in parameters:
+            parameters[key] = model.get_submodule(home)._parameters[own]
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -122,15 +132,27 @@ def map_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, QExperts):
             grids = {
-                key: grid_name(cast(Twin, cast(nn.ModuleList, stack)[0]).grid) for key, stack in module.stacks.items()
+                key: _named(cast(Twin, cast(nn.ModuleList, stack)[0]).grid) for key, stack in module.stacks.items()
             }
             inputs = cast(Twin, cast(nn.ModuleList, next(iter(module.stacks.values())))[0]).inputs
             found[name] = {"experts": grids, "activations": inputs.kind if inputs else None}
         elif isinstance(module, Twin) and not _of_experts(model, name):
-            found[name] = {"grid": grid_name(module.grid), "activations": module.inputs.kind if module.inputs else None}
+            found[name] = {"grid": _named(module.grid), "activations": module.inputs.kind if module.inputs else None}
         elif getattr(module, "quantized", False) is True:
             found[name] = {"outputs": cast(Inputs, module.outputs).kind}
     return found
+
+
+def _named(grid: Grid) -> str:
+    """The name that a grid is found by again. Raises OutputError when it has none."""
+    name = grid_name(grid)
+    try:
+        known = grid_named(name) == grid
+    except RecipeError:
+        known = False
+    if not known:
+        raise OutputError(f"No name stands for the grid {grid}, so it cannot be written down.")
+    return name
 
 
 def _of_experts(model: nn.Module, name: str) -> bool:

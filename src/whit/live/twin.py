@@ -124,7 +124,8 @@ class Twin(nn.Module):
         if key is None:
             return self.quantized().dequantize().to(W.dtype)
         if self._seen is None or self._seen[0] != key:
-            self._seen = key, self.quantized().dequantize().to(W.dtype)
+            with torch.inference_mode(False), torch.no_grad():  # it may be seen again by whoever needs gradients of x
+                self._seen = key, self.quantized().dequantize().to(W.dtype)
         return self._seen[1]
 
     def _key(self) -> tuple[Any, ...] | None:
@@ -188,7 +189,8 @@ def multiplied(twin: Twin, x: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x if inputs is None else inputs(x), twin.seen(), bias)
     if inputs is None:
         return linear(x, frozen.packed, bias)
-    if inputs.counts and not (torch.is_grad_enabled() and x.requires_grad):
+    learning = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if inputs.counts and not learning and x.dtype != torch.float64:  # sums of codes end in float32
         codes, scale = inputs.codes(x)
         return linear_int8(codes, scale, frozen.packed, bias, x.dtype)
     return linear(inputs(x), frozen.packed, bias)

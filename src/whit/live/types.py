@@ -45,6 +45,7 @@ TYPES: dict[str, Grid] = {
     "codebook2": codebook2,
 }
 SIZES = (128, 64, 32, 16, 8)  # groups that are tried where the one that is asked for does not divide a row
+BLOCKS = (mxfp4, GRIDS["nvfp4"])  # whose groups are part of what they are
 FLOAT8 = {torch.float8_e4m3fn: qfloat8, torch.float8_e5m2: qfloat8_e5m2}
 
 
@@ -52,7 +53,10 @@ def type_named(name: str | Grid | None) -> Grid | None:
     """The type called `name`: one of TYPES, or any grid. Raises RecipeError that lists the names there are."""
     if not isinstance(name, str):
         return name
-    return TYPES[name] if name in TYPES else grid_named(name)
+    try:
+        return TYPES[name] if name in TYPES else grid_named(name)
+    except RecipeError as error:
+        raise RecipeError(f"There is no type called {name!r}. Known types: {', '.join(TYPES)}. {error}") from None
 
 
 def grouped(grid: Grid, size: int) -> Grid:
@@ -60,7 +64,7 @@ def grouped(grid: Grid, size: int) -> Grid:
 
     Raises RecipeError for grids whose groups are part of what they are.
     """
-    if not isinstance(grid, Scaled) or size < 1:
+    if not isinstance(grid, Scaled) or grid in BLOCKS or size < 1:
         raise RecipeError(f"{grid} has no groups of {size}.")
     return replace(grid, scheme=PerGroup(size))
 
@@ -72,7 +76,7 @@ def fitted(grid: Grid, cols: int) -> tuple[Grid, str]:
     """
     if cols % grid.spans(cols)[0] == 0 and cols % grid.step == 0:
         return grid, ""
-    if not isinstance(grid, Scaled) or not isinstance(grid.scheme, PerGroup) or grid in (mxfp4, GRIDS["nvfp4"]):
+    if not isinstance(grid, Scaled) or not isinstance(grid.scheme, PerGroup) or grid in BLOCKS:
         raise RecipeError(f"rows of {cols} weights do not divide into blocks of {grid.spans(cols)[0]}")
     asked = grid.scheme.size
     size = next((each for each in SIZES if each < asked and cols % each == 0), None)
