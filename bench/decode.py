@@ -1,7 +1,7 @@
 """Tokens per second, one at a time: `python -m bench.decode [1b smollm2-135m] [--threads 2] [--tokens 48]`.
 
-transformers in bfloat16, the same model frozen by Whit to 4 and 8 bits, and llama.cpp's own llama-bench on a Q4_0 file of
-the same shape, every matrix in 4 bits on both sides. `1b` has random weights: 1.2 billion, width 2048, 18 blocks. Every
+transformers in bfloat16, the same model frozen by Whit to 4 and 8 bits, and llama.cpp's own llama-bench on a Q4_0 file
+of the same shape, every matrix in 4 bits on both sides. `1b` has random weights: 1.2 billion, width 2048, 18 blocks. Every
 run is a process of its own; rounds take turns; medians, and the resident memory of the processes.
 """
 
@@ -88,9 +88,8 @@ def _table(model: str, arguments: argparse.Namespace) -> None:
     base = statistics.median(speeds["transformers, bfloat16"])
     theirs = statistics.median(speeds[LLAMA])
     print(f"\n{model}, {arguments.threads} threads, {arguments.tokens} tokens, kernels: {native()}\n")
-    print(
-        "| | tokens per second | of transformers | of llama.cpp | MB of weights | resident MB |\n|---|---|---|---|---|---|"
-    )
+    print("| | tokens per second | of transformers | of llama.cpp | MB of weights | resident MB |")
+    print("|---|---|---|---|---|---|")
     for kind, found in speeds.items():
         speed = statistics.median(found)
         ratios = f"{speed / base:.2f} | {speed / theirs:.2f}"
