@@ -1,8 +1,8 @@
 """Tokens per second, one at a time: `python -m bench.decode [1b smollm2-135m] [--threads 2] [--tokens 48]`.
 
 transformers in bfloat16, the same model frozen by Whit to 4 and 8 bits, and llama.cpp's own llama-bench on a Q4_0 file
-of the same shape, every matrix in 4 bits on both sides. `1b` has random weights: 1.2 billion, width 2048, 18 blocks. Every
-run is a process of its own; rounds take turns; medians, and the resident memory of the processes.
+of the same shape, every matrix in 4 bits on both sides. `1b` has random weights: 1.2 billion, width 2048, 18 blocks.
+Every run is a process of its own; rounds take turns; medians, and the resident memory of the processes.
 """
 
 from __future__ import annotations

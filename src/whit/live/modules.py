@@ -19,6 +19,7 @@ from whit.grids.grid import Grid
 from whit.grids.named import grid_name
 from whit.kernels.matmul import rows
 from whit.live.inputs import Inputs
+from whit.live.stored import Frozen
 from whit.live.twin import Twin, multiplied
 
 
@@ -80,23 +81,25 @@ class QEmbedding(Twin):
         super().__init__(original.weight, grid, None)
         self.num_embeddings, self.embedding_dim = original.num_embeddings, original.embedding_dim
         self.padding_idx = original.padding_idx
-        self._like = original.weight.dtype
         self.register_buffer("embed_scale", factor, persistent=False)
 
     embed_scale: Tensor | None
+    like: Tensor
 
     def forward(self, index: Tensor) -> Tensor:
         """Token ids [...] int64 -> [..., width]."""
         if self.frozen is None:
             found = functional.embedding(index, self.seen(), self.padding_idx)
         else:
-            found = rows(self.frozen.packed, index, self._like)
+            found = rows(self.frozen.packed, index, self.like.dtype)
         return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QEmbedding:
-        super()._apply(fn, recurse)
-        self._like = fn(torch.empty(0, dtype=self._like, device="cpu")).dtype  # what a cast would have made of it
-        return self
+    def become(self, frozen: Frozen) -> None:
+        """Only these codes are left, and a tensor of no elements, cast and stored as the weights would have been."""
+        parameter = self._parameters["weight"]
+        assert parameter is not None  # only before freezing
+        self.register_buffer("like", torch.empty(0, dtype=parameter.dtype))
+        super().become(frozen)
 
     def extra_repr(self) -> str:
         """As nn.Embedding, and the grid."""
