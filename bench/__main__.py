@@ -29,6 +29,10 @@ COMMANDS = (
     ("budget", SMALL, "--runtime", "Q4_K_M", "IQ4_XS"),
     ("loading",),
     ("gpu",),
+    ("methods",),
+    ("live",),
+    ("kernels",),
+    ("decode",),
 )
 
 for command in COMMANDS:

@@ -140,6 +140,20 @@ struct Fixed {
   static Rows of(const Matrix& w) { return integers_of<V, BITS, M, PARTS>(w); }
 };
 
+// STREAMS tiles for one row of x: out [STREAMS][16].
+template <int P>
+void streams_of(const Matrix& w, const Activations& a, int64_t tile, float* out) {
+  switch (w.bits) {
+    case 2: return integers_of<V, 2, 1, P, STREAMS>(w)(w, a, tile, 0, out);
+    case 3: return integers_of<V, 3, 1, P, STREAMS>(w)(w, a, tile, 0, out);
+    case 4: return integers_of<V, 4, 1, P, STREAMS>(w)(w, a, tile, 0, out);
+    case 5: return integers_of<V, 5, 1, P, STREAMS>(w)(w, a, tile, 0, out);
+    case 6: return integers_of<V, 6, 1, P, STREAMS>(w)(w, a, tile, 0, out);
+    case 7: return integers_of<V, 7, 1, P, STREAMS>(w)(w, a, tile, 0, out);
+    default: return integers_of<V, 8, 1, P, STREAMS>(w)(w, a, tile, 0, out);
+  }
+}
+
 template <int BITS>
 float row_of(const Matrix& w, const float* x, int64_t row) {
   constexpr int width = BITS == 4 ? 4 : 2, fields = 8 / width;
@@ -251,7 +265,8 @@ void decode(const Matrix& w, const uint8_t* codes, int64_t tile, int64_t lane, v
   }
 }
 
-const Kernels kernels = {"avx512-vnni", tiles_of<Floats>, tiles_of<Integers>, tiles_of<Fixed>, fixed, row_float, unpack, decode};
+const Kernels kernels = {"avx512-vnni", tiles_of<Floats>, tiles_of<Integers>, tiles_of<Fixed>,   fixed,
+                         row_float,     unpack,           decode,             streams_of<1>,     streams_of<PARTS>};
 
 }  // namespace
 

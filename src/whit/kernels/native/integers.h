@@ -3,6 +3,7 @@
 //
 // V::ROWS rows are in a register: four codes of each as bytes, one sum of each as int32 or float32.
 // P parts of x: 1 for x of int8, PARTS for x in fixed point.
+// T tiles take turns, group by group: more streams from memory are under way at a time.
 
 #ifndef WHIT_LAMBDA
 #define WHIT_LAMBDA __attribute__((always_inline))
@@ -35,12 +36,12 @@ WHIT_INLINE void quads(const uint8_t* block, typename V::Bytes* codes) {
   if constexpr (Q + 1 < quads_of<BITS>) quads<V, BITS, Q + 1>(block, codes);
 }
 
-template <class V, int BITS, int M, int P, bool TABLE>
+template <class V, int BITS, int M, int P, bool TABLE, int T = 1>
 void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t first, float* out) {
   constexpr int n_quads = quads_of<BITS>;
   constexpr int64_t block = 4 * n_quads, block_bytes = block * LANES * BITS / 8;
   constexpr int64_t longest = P == 1 ? SEGMENT : FIXED;
-  constexpr int parts_of_tile = LANES / V::ROWS;
+  constexpr int parts_of_tile = LANES / V::ROWS, parts = T * parts_of_tile;
   constexpr bool flips = V::SIGNED && (BITS == 8 || TABLE);  // the product takes bytes from -128 to 127
   constexpr int chains = P == 1 && M < 4 ? 2 : 1;            // independent sums, where there would be too few
   const typename V::Bytes table = V::table(w.unsigned_levels);
@@ -53,23 +54,24 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
     const typename V::Ints zero = V::widened(w.offset + at);
     return V::times(flips ? V::sub(zero, V::ints(128)) : zero, x_sum);
   };
-  typename V::Floats y[parts_of_tile][M];
-  for (int h = 0; h < parts_of_tile; h++)
+  typename V::Floats y[parts][M];
+  for (int h = 0; h < parts; h++)
     for (int i = 0; i < M; i++) y[h][i] = V::floats(0.0f);
   for (int64_t g = 0; g < w.groups; g++) {
     const int64_t at = (tile * w.groups + g) * LANES;
-    prefetch(w.scale + at * bytes_of(w.scale_type), 1);
+    for (int t = 0; t < T; t++) prefetch(w.scale + (at + t * w.groups * LANES) * bytes_of(w.scale_type), 1);
     for (int64_t s = 0; s < segments; s++) {
       const int64_t left = w.group - s * longest, n = left < longest ? left : longest;
-      for (int h = 0; h < parts_of_tile; h++) {
+      for (int h = 0; h < parts; h++) {
+        const int64_t other = h / parts_of_tile, row = h % parts_of_tile * V::ROWS;
         typename V::Ints sums[M][P][chains];
         for (int i = 0; i < M; i++)
           for (int p = 0; p < P; p++)
             for (int c = 0; c < chains; c++) sums[i][p][c] = V::ints(0);
-        const uint8_t* from = codes + h * 4 * V::ROWS;
+        const uint8_t* from = codes + other * w.row_bytes + row * 4;
         for (int64_t col = 0; col < n; col += block, from += block_bytes) {
           typename V::Bytes code[n_quads];
-          if (h == 0) prefetch(from, block_bytes);
+          if (row == 0) prefetch(from, block_bytes);
           quads<V, BITS>(from, code);
           for (int q = 0; q < n_quads; q++) {
             if constexpr (TABLE) code[q] = V::lookup(table, code[q]);
@@ -83,7 +85,7 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
               }
           }
         }
-        const int64_t mine = at + h * V::ROWS;
+        const int64_t mine = at + other * w.groups * LANES + row;
         const typename V::Floats scale = V::load_floats(w.scale, mine, w.scale_type);
         for (int i = 0; i < M; i++) {
           const int64_t segment = ((first + i) * w.groups + g) * segments + s;
@@ -113,17 +115,17 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
   }
   const float unit = w.unit * w.factor;  // with a minimum both are 1
   for (int i = 0; i < M; i++)
-    for (int h = 0; h < parts_of_tile; h++)
-      V::store(out + i * LANES + h * V::ROWS, V::mul(y[h][i], V::floats(unit)));
+    for (int h = 0; h < parts; h++)
+      V::store(out + (i * T + h / parts_of_tile) * LANES + h % parts_of_tile * V::ROWS, V::mul(y[h][i], V::floats(unit)));
 }
 
 using Rows = void (*)(const Matrix&, const Activations&, int64_t, int64_t, float*);
 
-template <class V, int BITS, int M, int P>
+template <class V, int BITS, int M, int P, int T = 1>
 Rows integers_of(const Matrix& w) {
   if constexpr (BITS <= 4)
-    if (w.levels) return tile_integers<V, BITS, M, P, true>;
-  return tile_integers<V, BITS, M, P, false>;
+    if (w.levels) return tile_integers<V, BITS, M, P, true, T>;
+  return tile_integers<V, BITS, M, P, false, T>;
 }
 
 // K<BITS, M>::of(w) is the function for M rows of x; n rows are served by those for 4, 2 and 1.

@@ -67,19 +67,33 @@ void finish(const float* sums, int64_t first, int64_t n, int64_t row, int64_t n_
   }
 }
 
-using Tile = void (*)(const Matrix&, const Activations&, int64_t, int64_t, int64_t, float*);
+using Tile = decltype(Kernels::tile_int8);
+using Streams = decltype(Kernels::streams_int8);
 
-void run_tiles(Tile tile_of, const Matrix& w, const Activations& a, const float* x_scale, int64_t scale_step,
-               const void* bias, void* y, int type, int threads) {
-  const int64_t tiles = (w.rows + LANES - 1) / LANES;
+// The result of all tiles; `streams`, where there is one, serves a single row of x. What a tile gives does not depend on
+// which of the two served it.
+void run_tiles(Tile tile_of, Streams streams, const Matrix& w, const Activations& a, const float* x_scale,
+               int64_t scale_step, const void* bias, void* y, int type, int threads) {
+  const int64_t tiles = (w.rows + LANES - 1) / LANES, step = streams && a.m == 1 ? STREAMS : 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t tile = 0; tile < tiles; tile++) {
+  for (int64_t from = 0; from < tiles; from += step) {
     alignas(64) float out[MOST * LANES];
-    const int64_t row = tile * LANES, n_rows = w.rows - row < LANES ? w.rows - row : LANES;
-    for (int64_t first = 0; first < a.m; first += MOST) {
-      const int64_t n = a.m - first < MOST ? a.m - first : MOST;
-      tile_of(w, a, tile, first, n, out);
-      finish(out, first, n, row, n_rows, w.rows, x_scale, scale_step, bias, y, type);
+    static_assert(STREAMS <= MOST);
+    if (step == STREAMS && from + STREAMS <= tiles) {
+      streams(w, a, from, out);
+      for (int64_t t = 0; t < STREAMS; t++) {
+        const int64_t row = (from + t) * LANES, n_rows = w.rows - row < LANES ? w.rows - row : LANES;
+        finish(out + t * LANES, 0, 1, row, n_rows, w.rows, x_scale, scale_step, bias, y, type);
+      }
+      continue;
+    }
+    for (int64_t tile = from; tile < from + step && tile < tiles; tile++) {
+      const int64_t row = tile * LANES, n_rows = w.rows - row < LANES ? w.rows - row : LANES;
+      for (int64_t first = 0; first < a.m; first += MOST) {
+        const int64_t n = a.m - first < MOST ? a.m - first : MOST;
+        tile_of(w, a, tile, first, n, out);
+        finish(out, first, n, row, n_rows, w.rows, x_scale, scale_step, bias, y, type);
+      }
     }
   }
 }
@@ -158,8 +172,9 @@ WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y
   }
   if (w.books) return run_rows(w, padded, m, nullptr, 0, bias, y, type, threads);
   if (w.integer && kernels()->tile_fixed && finite(padded, m * w.padded))
-    return run_tiles(kernels()->tile_fixed, w, as_fixed(w, padded, m), nullptr, 0, bias, y, type, threads);
-  run_tiles(kernels()->tile_float, w, as_floats(w, padded, m), nullptr, 0, bias, y, type, threads);
+    return run_tiles(kernels()->tile_fixed, kernels()->streams_fixed, w, as_fixed(w, padded, m), nullptr, 0, bias, y, type,
+                     threads);
+  run_tiles(kernels()->tile_float, nullptr, w, as_floats(w, padded, m), nullptr, 0, bias, y, type, threads);
 }
 
 // y [m][rows] = x_scale [m or 1] * x [m][cols] int8 times the transposed matrix + bias.
@@ -173,7 +188,7 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
     for (int64_t i = 0; i < m; i++)
       for (int64_t j = 0; j < w.padded; j++) padded[i * w.padded + j] = j < cols ? float(x[i * cols + j]) : 0.0f;
     if (w.books) return run_rows(w, padded, m, x_scale, scale_step, bias, y, type, threads);
-    return run_tiles(kernels()->tile_float, w, as_floats(w, padded, m), x_scale, scale_step, bias, y, type, threads);
+    return run_tiles(kernels()->tile_float, nullptr, w, as_floats(w, padded, m), x_scale, scale_step, bias, y, type, threads);
   }
   const int64_t per_group = segments_of(w.group, SEGMENT), n_sums = w.groups * per_group;
   scratch.reserve(m * (w.padded + n_sums * 4) + 4 * ALIGN);
@@ -192,7 +207,7 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
   }
   Activations a = {};
   a.m = m, a.stride = w.padded, a.groups = w.groups, a.q = padded, a.q_sums = sums;
-  run_tiles(kernels()->tile_int8, w, a, x_scale, scale_step, bias, y, type, threads);
+  run_tiles(kernels()->tile_int8, kernels()->streams_int8, w, a, x_scale, scale_step, bias, y, type, threads);
 }
 
 // q [m][cols] and scale [m] of x [m][cols]: symmetric, halves to even.

@@ -15,6 +15,7 @@ constexpr int64_t QUAD = 64;    // codes of four columns of a tile
 constexpr int64_t MOST = 4;     // rows of x that one call of a kernel takes
 constexpr int64_t SEGMENT = 4096;  // columns that integer sums may run over: 255 * 128 * 4096 < 2^31
 constexpr int64_t FIXED = 128;     // the same for x in fixed point: its parts' sums stay exact in float32
+constexpr int64_t STREAMS = 4;     // tiles that are read at a time for one row of x
 constexpr int PARTS = 3;           // int8 digits of x in fixed point
 
 enum Type : int { F32 = 0, BF16 = 1, F16 = 2, E8M0 = 3, E4M3 = 4 };
@@ -88,6 +89,9 @@ struct Kernels {
   void (*unpack)(const Matrix&, int64_t tile, uint8_t* codes);
   // out [cols] of `type`: one row from its codes; `lane` names its parameters in the tile
   void (*decode)(const Matrix&, const uint8_t* codes, int64_t tile, int64_t lane, void* out, int type);
+  // as tile_int8 and tile_fixed, of STREAMS tiles and one row of x: out [STREAMS][16]; or null
+  void (*streams_int8)(const Matrix&, const Activations&, int64_t tile, float* out) = nullptr;
+  void (*streams_fixed)(const Matrix&, const Activations&, int64_t tile, float* out) = nullptr;
 };
 
 const Kernels* generic();
