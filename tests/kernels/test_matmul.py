@@ -85,7 +85,7 @@ def assert_int8(q: Tensor, scale: Tensor, packed: Packed, W: Tensor) -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_products_are_those_of_the_decoded_matrix(kernels: str, name: str) -> None:
-    packed, W = packed_of(name, 37, 768)
+    packed, W = packed_of(name, 90, 768)
     for m in (1, 2, 3, 4, 7, 17, 100):
         x = activations(m, 768)
         for dtype in FLOATS:
@@ -95,10 +95,10 @@ def test_products_are_those_of_the_decoded_matrix(kernels: str, name: str) -> No
 
 @pytest.mark.parametrize("name", SOME)
 def test_decoding_is_the_grids_own_bit_for_bit(kernels: str, name: str) -> None:
-    packed, W = packed_of(name, 37, 768)
+    packed, W = packed_of(name, 90, 768)
     for dtype in FLOATS:
         assert torch.equal(dequantize(packed, dtype), W.to(dtype))
-    index = torch.tensor([[0, 36, 5], [5, 17, 16]])
+    index = torch.tensor([[0, 89, 5], [5, 17, 16]])
     assert torch.equal(rows(packed, index, torch.float32), W[index])
 
 
@@ -118,7 +118,7 @@ def test_grids_without_a_kernel_work_too(kernels: str, name: str) -> None:
 @given(data=st.data())
 def test_any_shape_group_and_extreme_code(kernels: str, data: st.DataObject) -> None:
     n_bits = data.draw(st.integers(2, 8))
-    n_rows, m = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 20))
+    n_rows, m = data.draw(st.integers(1, 100)), data.draw(st.integers(1, 20))
     group = data.draw(st.sampled_from([16, 32, 48, 96, 160, 256]))
     cols = group * data.draw(st.integers(1, 4)) if data.draw(st.booleans()) else data.draw(st.integers(1, 300))
     scheme = PerGroup(group) if cols % group == 0 else PerChannel()

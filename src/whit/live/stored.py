@@ -7,6 +7,7 @@ codes were chosen for, must stay what it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -41,7 +42,14 @@ class Stored(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        """Tensors of another type, which torch would assign as they are, are errors: kernels read by the grid's."""
+        own, (_, prefix, *_, errors) = self.tensors, args
         super()._load_from_state_dict(*args)
+        for name, value in own.items():
+            found = self._buffers[name]
+            if found is not None and found.dtype != value.dtype:
+                self._buffers[name] = value
+                errors.append(f"{prefix}{name} must be {value.dtype}, found {found.dtype}")
         self._changed()
 
     def _changed(self) -> None:
@@ -61,8 +69,9 @@ class Frozen(Stored):
 
     @classmethod
     def of(cls, quantized: QuantizedTensor) -> Frozen:
-        """From codes and parameters."""
-        return cls(pack(quantized))
+        """From codes and parameters, which may have been trained."""
+        params = {name: value.detach() for name, value in quantized.params.items()}
+        return cls(pack(replace(quantized, params=params)))
 
     @property
     def grid(self) -> Grid:

@@ -81,7 +81,7 @@ class Twin(nn.Module):
         self.frozen: Frozen | None = None
         self.fixed: Stored | None = None
         self._seen: tuple[Any, Tensor] | None = None
-        self._chosen: tuple[Any, QuantizedTensor] | None = None
+        self._chosen: tuple[Any, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -101,27 +101,28 @@ class Twin(nn.Module):
         """Codes and parameters of the matrix as it is now."""
         if self.frozen is not None:
             return self.frozen.quantized
-        if self._chosen is not None and self._chosen[0] == self._key():
-            return self._chosen[1]
-        W = self.matrix.detach().float()
+        W = self.matrix.detach().float().contiguous()
         if self.fixed is None:
             return nearest(W, self.grid)
         params: Params = self.fixed.tensors
         rows, cols = W.shape
-        with torch.no_grad():
-            return QuantizedTensor(self.grid, (rows, cols), self.grid.round(W, params), dict(params))
+        codes = self._kept()
+        if codes is None:
+            with torch.no_grad():
+                codes = self.grid.round(W, params)
+        return QuantizedTensor(self.grid, (rows, cols), codes, params)
 
     def seen(self) -> Tensor:
         """[rows, cols], what is multiplied with before freezing, in the parameter's dtype; differentiable."""
         W = self.matrix
         if not self.active:
             return W
-        scales = self.fixed.tensors.values() if self.fixed is not None else ()
+        scales = [] if self.fixed is None else list(self.fixed.tensors.values())
         trained = torch.is_grad_enabled() and (W.requires_grad or any(each.requires_grad for each in scales))
         if trained:
             return straight_through(W, self.quantized()).to(W.dtype)
-        key = self._key()
-        if key is None:
+        key = self._key(), *((each.data_ptr(), each._version) for each in scales)
+        if key[0] is None:
             return self.quantized().dequantize().to(W.dtype)
         if self._seen is None or self._seen[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # it may be seen again by whoever needs gradients of x
@@ -135,6 +136,18 @@ class Twin(nn.Module):
             return None
         return parameter.data_ptr(), parameter._version, parameter.device, parameter.dtype
 
+    def _kept(self) -> Tensor | None:
+        """The codes that were chosen, unless the parameter has changed since."""
+        return self._chosen[1] if self._chosen is not None and self._chosen[0] == self._key() else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None, "_chosen": self._kept()}  # keys hold for this very parameter alone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        codes = state["_chosen"]
+        self._chosen = None if codes is None else (self._key(), codes)
+
     def fix(self, quantized: QuantizedTensor) -> None:
         """From now on the matrix is these codes; parameters of the grid stay when it is trained further."""
         parameter = self._parameters["weight"]
@@ -143,7 +156,7 @@ class Twin(nn.Module):
         with torch.no_grad():
             parameter.copy_(Q.T if self.turned else Q)
         self.fixed, self._seen = Stored({name: value.clone() for name, value in quantized.params.items()}), None
-        self._chosen = self._key(), quantized  # the parameter may have too few bits for all of its codes
+        self._chosen = self._key(), quantized.codes  # the parameter may have too few bits for all of its codes
 
     def tied_to(self, other: Twin) -> bool:
         """Whether both see the same parameter, on the same grid."""

@@ -1,0 +1,307 @@
+"""The matrix of a live layer: seen rounded, trained straight through, frozen to codes."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from whit.grids.grid import Grid
+from whit.grids.named import grid_named
+from whit.grids.scaled import Offset, PerGroup, integer_grid
+from whit.live.modules import QLinear
+from whit.live.quantize import freeze, quantize
+from whit.live.stored import Stored
+from whit.live.twin import Twin, straight_through
+from whit.live.types import TYPES, qint4, qint8
+from whit.rounding.nearest import nearest, search
+
+TRAINED = {
+    "scale": integer_grid(4, PerGroup(16), symmetric=True, scale_dtype=torch.float32),
+    "scale, zero point": integer_grid(4, PerGroup(16), symmetric=False, scale_dtype=torch.float32),
+    "scale, minimum": grid_named("int3-g16-min:f32"),
+    "scale per row": qint8,
+    "scale per matrix": grid_named("int8-tensor:f32"),
+    "table": grid_named("nf4-g16:f32"),
+    "unit": grid_named("int8-g64@0.5:f32"),
+}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(grid: Grid, inputs: str | None = None, rows: int = 12, cols: int = 64, seed: int = 0) -> QLinear:
+    original = nn.Linear(cols, rows)
+    with torch.no_grad():
+        original.weight.copy_(normal(rows, cols, seed=seed) / cols**0.5)
+        original.bias.copy_(normal(rows, seed=seed + 1))
+    return QLinear(original, grid, inputs)
+
+
+def frozen(twin: QLinear) -> QLinear:
+    holder = nn.Sequential(copy.deepcopy(twin))
+    freeze(holder)
+    found = holder[0]
+    assert isinstance(found, QLinear)
+    return found
+
+
+def fix(twin: Twin, grid: Grid) -> Stored:
+    """Parameters that can be trained."""
+    twin.fix(nearest(twin.matrix.detach(), grid))
+    assert twin.fixed is not None
+    return twin.fixed
+
+
+@pytest.mark.parametrize("grid", TYPES.values(), ids=TYPES)
+def test_what_is_seen_is_the_nearest_point_of_the_grid(grid: Grid) -> None:
+    twin = linear(grid)
+    expected = nearest(twin.weight.detach(), grid).dequantize()
+    assert torch.equal(twin.seen(), expected)
+    with torch.no_grad():
+        assert torch.equal(twin.seen(), expected)
+
+
+def test_a_twin_that_is_not_active_is_the_original() -> None:
+    twin = linear(qint4)
+    twin.active = False
+    x = normal(3, 64)
+    assert torch.equal(twin(x), functional.linear(x, twin.weight, twin.bias))
+
+
+def test_what_is_seen_follows_the_parameter() -> None:
+    twin = linear(qint4)
+    with torch.no_grad():
+        twin.seen()
+        twin.weight.mul_(3).add_(normal(12, 64, seed=5))
+        assert torch.equal(twin.seen(), nearest(twin.weight, qint4).dequantize())
+
+
+def test_what_is_seen_follows_a_new_parameter() -> None:
+    twin = linear(qint4)
+    with torch.no_grad():
+        twin.seen()
+        twin.weight = nn.Parameter(normal(12, 64, seed=6))
+        assert torch.equal(twin.seen(), nearest(twin.weight, qint4).dequantize())
+
+
+@pytest.mark.parametrize("grid", TYPES.values(), ids=TYPES)
+def test_gradients_of_weights_are_those_at_the_rounded_weights(grid: Grid) -> None:
+    twin, x, gradient = linear(grid), normal(5, 64, seed=7), normal(5, 12, seed=8)
+    twin(x).square().backward(gradient)
+    Q = nearest(twin.weight.detach(), grid).dequantize().requires_grad_()
+    functional.linear(x, Q, twin.bias.detach()).square().backward(gradient)
+    assert torch.allclose(twin.weight.grad, Q.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", TRAINED.values(), ids=TRAINED)
+def test_gradients_of_parameters_are_finite_differences_at_fixed_codes(grid: Grid) -> None:
+    """The decoded matrix is linear in each, so that a difference of any size is exact."""
+    W, R = normal(6, 64), normal(6, 64, seed=1)
+    quantized = nearest(W, grid)
+    for name, value in quantized.params.items():
+        if not value.is_floating_point():
+            continue
+        leaf = value.clone().requires_grad_()
+        params = {**quantized.params, name: leaf}
+        straight_through(W, type(quantized)(grid, (6, 64), quantized.codes, params)).backward(R)
+        assert leaf.grad is not None
+        for at in range(value.numel()):
+            step = torch.zeros(value.numel(), dtype=torch.float32)
+            step[at] = 0.5 * value.flatten()[at].abs() + 0.1
+            ends = [
+                grid.decode(quantized.codes, {**params, name: value + sign * step.view(value.shape)})
+                for sign in (1, -1)
+            ]
+            slope = ((ends[0].double() - ends[1].double()) * R.double()).sum() / (2 * step[at].double())
+            assert leaf.grad.flatten()[at].item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("grid", TRAINED.values(), ids=TRAINED)
+def test_fixed_parameters_of_a_layer_can_be_trained(grid: Grid) -> None:
+    twin, x, wanted = linear(grid), normal(40, 64, seed=2), normal(40, 12, seed=3)
+    stored = fix(twin, grid)
+    trained = [value.requires_grad_() for value in stored.tensors.values() if value.is_floating_point()]
+    twin.weight.requires_grad_(False)
+    optimizer = torch.optim.Adam(trained, lr=1e-4)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (twin(x) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_an_offset_that_is_an_integer_gets_no_gradient() -> None:
+    twin = linear(qint4)
+    assert TRAINED["scale, zero point"].offset is Offset.ZERO_POINT
+    stored = fix(twin, qint4)
+    twin(normal(2, 64)).sum().backward()
+    assert stored.tensors["zero"].grad is None
+
+
+@pytest.mark.parametrize("inputs", [None, "int8", "fp8"])
+@pytest.mark.parametrize("grid", [qint8, qint4], ids=["qint8", "qint4"])
+def test_training_lowers_a_loss_and_freezing_keeps_it(grid: Grid, inputs: str | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
+    activations = {None: None, "int8": "qint8", "fp8": "qfloat8"}[inputs]
+    quantize(model, grid, activations)
+    x, wanted = normal(64, 32), normal(64, 8, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model(x) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    last = (model(x) - wanted).square().mean().item()
+    freeze(model)
+    with torch.no_grad():
+        after = (model(x) - wanted).square().mean().item()
+    assert after == pytest.approx(last, rel=1e-3 if inputs else 1e-5)
+
+
+@pytest.mark.parametrize("inputs", [None, "int8", "fp8"])
+@pytest.mark.parametrize("grid", [TYPES["qint8"], TYPES["qint4"], TYPES["codebook3"], grid_named("q4_0:g_idx")])
+def test_inputs_get_the_same_gradients_frozen_or_not(grid: Grid, inputs: str | None) -> None:
+    twin = linear(grid, inputs)
+    x, gradient = normal(4, 64), normal(4, 12, seed=1)
+    found = []
+    for layer in (twin, frozen(twin)):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).backward(gradient)
+        assert leaf.grad is not None
+        found.append(leaf.grad)
+    Q = nearest(twin.weight.detach(), grid).dequantize()
+    for each in found:
+        assert torch.allclose(each, gradient @ Q, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_inputs_stop_where_they_are_clipped_frozen_or_not() -> None:
+    twin = linear(qint8, "int8")
+    assert twin.inputs is not None
+    twin.inputs.fix(0.5)
+    x = normal(4, 64)
+    for layer in (twin, frozen(twin)):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).sum().backward()
+        assert leaf.grad is not None
+        assert (leaf.grad[x.abs() > 0.5] == 0).all()
+        assert (leaf.grad[x.abs() < 0.5] != 0).all()
+
+
+@pytest.mark.parametrize("inputs", [None, "int8", "fp8"])
+def test_a_bias_gets_its_gradient_after_freezing_too(inputs: str | None) -> None:
+    twin = frozen(linear(qint8, inputs))
+    gradient = normal(4, 12)
+    twin(normal(4, 64)).backward(gradient)
+    assert torch.allclose(twin.bias.grad, gradient.sum(0), rtol=1e-5)
+
+
+def test_what_was_seen_in_inference_mode_serves_training_of_others() -> None:
+    """A frozen base under an adapter: evaluated in inference mode, then trained through."""
+    twin = linear(qint8)
+    twin.requires_grad_(False)
+    x = normal(4, 64)
+    with torch.inference_mode():
+        twin(x)
+    leaf = x.clone().requires_grad_()
+    twin(leaf).sum().backward()
+    assert leaf.grad is not None
+
+
+def test_codes_that_a_search_has_chosen_are_what_is_frozen() -> None:
+    grid = TYPES["qint3"]
+    twin = linear(grid)
+    wanted = search(twin.weight.detach(), grid)
+    twin.fix(wanted)
+    assert torch.equal(twin.seen(), wanted.dequantize())
+    codes = frozen(twin).quantized()
+    assert torch.equal(codes.codes, wanted.codes)
+    assert all(torch.equal(value, wanted.params[name]) for name, value in codes.params.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chosen_codes_survive_weights_of_fewer_bits(dtype: torch.dtype) -> None:
+    twin = linear(TYPES["qint4"]).to(dtype)
+    wanted = search(twin.weight.detach().float(), TYPES["qint4"])
+    twin.fix(wanted)
+    for layer in (twin, copy.deepcopy(twin)):
+        assert torch.equal(layer.quantized().codes, wanted.codes)
+
+
+def test_fixed_parameters_stay_when_weights_are_trained_further() -> None:
+    twin = linear(qint8)
+    stored = fix(twin, qint8)
+    before = stored.tensors["scale"].clone()
+    with torch.no_grad():
+        twin.weight.add_(normal(12, 64, seed=3) * 0.01)
+    found = twin.quantized()
+    assert torch.equal(found.params["scale"], before)
+    assert torch.equal(found.codes, qint8.round(twin.weight.detach(), {"scale": before}))
+
+
+def test_forgetting_brings_back_the_range() -> None:
+    twin = linear(TYPES["qint2"])
+    twin.fix(search(twin.weight.detach(), TYPES["qint2"]))
+    twin.forget()
+    assert torch.equal(twin.seen(), nearest(twin.weight.detach(), TYPES["qint2"]).dequantize())
+
+
+def test_the_weight_of_a_frozen_twin_is_what_its_codes_stand_for() -> None:
+    twin = linear(qint4)
+    expected = nearest(twin.weight.detach(), qint4).dequantize()
+    assert torch.equal(frozen(twin).weight, expected)
+    assert not list(frozen(twin).named_parameters("weight", recurse=False)) or "weight" not in dict(
+        frozen(twin).named_parameters()
+    )
+
+
+def test_a_copy_is_trained_alone() -> None:
+    twin = linear(qint4)
+    with torch.no_grad():
+        before = twin.seen().clone()
+        other = copy.deepcopy(twin)
+        other.weight.zero_()
+        assert other.seen().abs().max() == 0
+        assert torch.equal(twin.seen(), before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_a_float_layer_fits_a_twin(assign: bool) -> None:
+    original, twin = nn.Linear(64, 12), linear(qint4)
+    with torch.no_grad():
+        twin.seen()
+        twin.load_state_dict(original.state_dict(), assign=assign)
+        assert torch.equal(twin.seen(), nearest(original.weight, qint4).dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [None, "int8", "fp8"])
+def test_a_frozen_layer_multiplies_in_the_type_of_its_inputs(inputs: str | None, dtype: torch.dtype) -> None:
+    twin = frozen(linear(qint8, inputs))
+    x = normal(3, 64)
+    with torch.no_grad():
+        exact = twin(x)
+        found = twin.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    assert (found.double() - exact.double()).abs().max() < {torch.bfloat16: 0.1, torch.float16: 0.01}.get(dtype, 1e-5)
+
+
+def test_trained_scales_are_seen_at_once_and_frozen() -> None:
+    grid = TRAINED["scale"]
+    twin = linear(grid)
+    scale = fix(twin, grid).tensors["scale"].requires_grad_()
+    with torch.no_grad():
+        before = twin.seen().clone()
+        scale.mul_(2)
+        assert torch.equal(twin.seen(), 2 * before)
+    assert torch.equal(frozen(twin).weight, 2 * before)
+    assert not any(value.requires_grad for value in frozen(twin).buffers())

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from whit.errors import RecipeError
+from whit.grids.named import grid_name, grid_named
+from whit.grids.scaled import PerChannel, PerGroup, Scaled
+from whit.live.types import (
+    TYPES,
+    codebook3,
+    fitted,
+    grouped,
+    mxfp4,
+    nf4,
+    qfloat8,
+    qfloat8_e5m2,
+    qint4,
+    qint8,
+    type_named,
+)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_has_a_name_that_is_found_again(name: str) -> None:
+    assert type_named(name) == TYPES[name]
+    assert grid_named(grid_name(TYPES[name])) == TYPES[name]
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 128, 24])
+@pytest.mark.parametrize("name", [name for name, grid in TYPES.items() if isinstance(grid, Scaled) and name != "mxfp4"])
+def test_types_with_other_groups_have_names_too(name: str, size: int) -> None:
+    grid = grouped(TYPES[name], size)
+    assert grid_named(grid_name(grid)) == grid
+
+
+def test_grids_are_types_and_none_is_none() -> None:
+    assert type_named(qint4) is qint4
+    assert type_named(None) is None
+    assert type_named("q4_k") == grid_named("q4_k")
+
+
+def test_an_unknown_type_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(RecipeError, match="qint5.*qint8.*qint4.*nf4"):
+        type_named("qint5")
+
+
+@pytest.mark.parametrize(("grid", "size"), [(mxfp4, 64), (codebook3, 64), (qint4, 0), (grid_named("q4_k"), 64)])
+def test_groups_that_belong_to_a_type_cannot_be_changed(grid: Scaled, size: int) -> None:
+    with pytest.raises(RecipeError):
+        grouped(grid, size)
+
+
+def test_eight_bit_floats_are_those_of_torch() -> None:
+    for grid, dtype in ((qfloat8, torch.float8_e4m3fn), (qfloat8_e5m2, torch.float8_e5m2)):
+        every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+        finite = every[torch.isfinite(every)]
+        assert torch.equal(torch.tensor(grid.levels.numbers), finite.unique())
+
+
+@pytest.mark.parametrize(
+    ("cols", "size"), [(128, 64), (64, 64), (96, 32), (48, 16), (24, 8), (40, 8), (320, 64), (72, 8)]
+)
+def test_the_largest_smaller_group_that_divides_is_taken(cols: int, size: int) -> None:
+    grid, note = fitted(qint4, cols)
+    assert isinstance(grid, Scaled)
+    assert grid.scheme == PerGroup(size)
+    assert (note == "") == (size == 64)
+
+
+def test_rows_that_no_group_divides_get_one_scale() -> None:
+    grid, note = fitted(nf4, 50)
+    assert isinstance(grid, Scaled)
+    assert grid.scheme == PerChannel()
+    assert "50" in note
+
+
+def test_one_scale_per_row_always_fits() -> None:
+    assert fitted(qint8, 7) == (qint8, "")
+    assert fitted(codebook3, 7) == (codebook3, "")
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "q4_k", "iq2_xs"])
+def test_blocks_that_do_not_divide_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="rows of 40"):
+        fitted(grid_named(name), 40)
