@@ -15,6 +15,7 @@ from whit.kernels import library
 from whit.kernels.form import Kind
 from whit.kernels.matmul import dequantize, linear, linear_int8, native, quantize_rows, rows
 from whit.kernels.packed import Packed, pack
+from whit.rounding.nearest import nearest
 
 SETS = ("none", "generic", "avx2", "avx512-vnni", "neon")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -295,3 +296,18 @@ def test_operators_state_their_results_truly(operator: str) -> None:
 
 def test_the_name_of_the_kernels_is_known() -> None:
     assert native() in SETS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: products there are torch's own operations")
+@pytest.mark.parametrize("name", ["q4_0", "int8:f32", "int3-g32-asym", "nf4-g64", "codebook4", "q4_k"])
+def test_a_cuda_device_computes_what_the_processor_does(name: str) -> None:
+    W = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
+    packed = pack(nearest(W, grid_named(name)))
+    moved = Packed(packed.grid, packed.shape, {key: value.cuda() for key, value in packed.buffers.items()})
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(linear(x.cuda(), moved).cpu(), linear(x, packed), rtol=1e-4, atol=1e-4)
+    codes, scale = quantize_rows(x)
+    found = linear_int8(codes.cuda(), scale.cuda(), moved).cpu()
+    torch.testing.assert_close(found, linear_int8(codes, scale, packed), rtol=1e-4, atol=1e-4)
+    index = torch.tensor([[0, 95], [7, 7]])
+    assert torch.equal(rows(moved, index.cuda()).cpu(), rows(packed, index))

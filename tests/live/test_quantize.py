@@ -1,6 +1,7 @@
 """Whole models: what is replaced, what is left, what stays tied, what comes out, before and after freezing."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_training_a_tied_head_trains_the_embedding() -> None:
 @pytest.mark.parametrize("name", TIED)
 def test_tied_layers_have_the_same_codes(name: str, method: str) -> None:
     model = tiny_model(name)
-    quantize(model, "qint3", method=method)
+    quantize(model, "qint3", include=["*lm_head", "*embed*", "*wte"], method=method)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert torch.equal(head.seen(), embedding.seen())
     expected = head.seen().detach().clone()
@@ -205,7 +206,7 @@ class Looked(nn.Embedding):
         (Doubled(8, 8), "computes something else"),
         (Looked(8, 8), "computes something else"),
         (nn.Embedding(8, 8, max_norm=1.0), "changes while it is read"),
-        (nn.Embedding(8, 8, sparse=True), "sparse gradients"),
+        (nn.Embedding(8, 8, sparse=True), "gradients"),
         (nn.Embedding(8, 8, scale_grad_by_freq=True), "gradients"),
         (nn.MultiheadAttention(8, 2).out_proj, "read from outside"),
         (nn.Bilinear(4, 4, 4), "no layer"),
@@ -246,7 +247,7 @@ def test_without_types_nothing_happens() -> None:
 def test_activations_alone_quantize_what_norms_return() -> None:
     model = small()
     report = quantize(model, activations=qint8)
-    assert [each.twin for each in report.replaced] == ["LayerNorm"]
+    assert [each.twin for each in report.replaced] == ["QLayerNorm"]
     assert repr(model[2]).startswith("QLayerNorm")
 
 
@@ -288,7 +289,7 @@ def test_feedback_needs_something_to_look_at() -> None:
 
 
 def test_a_search_has_less_squared_error_in_every_layer() -> None:
-    plain, searched = tiny_model("llama"), tiny_model("llama")
+    plain, searched = tiny_model("llama", num_hidden_layers=1), tiny_model("llama", num_hidden_layers=1)
     weights = {name: value.detach().clone() for name, value in plain.named_parameters()}
     quantize(plain, "qint3")
     quantize(searched, "qint3", method="search")
@@ -460,3 +461,88 @@ def test_conv1d_of_transformers_is_known_by_what_it_is() -> None:
     quantize(model, qint8)
     assert isinstance(model.transformer.h[0].attn.c_attn, QConv1D)
     assert isinstance(model.transformer.h[0].mlp.c_fc, QConv1D)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["llama-tied-biased", "gpt2", "mixtral"])
+def test_models_can_be_pickled(name: str, frozen: bool) -> None:
+    model = tiny_model(name)
+    quantize(model, "qint4", "qint8")
+    if frozen:
+        freeze(model)
+    other = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(other), logits(model))
+    assert repr(other) == repr(model)
+
+
+def test_frozen_models_are_exported() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    quantize(model, qint8, "qint8")
+    freeze(model)
+    x = torch.randn(3, 64)
+    exported = torch.export.export(model, (x,)).module()
+    with torch.no_grad():
+        close(exported(x), model(x), 1e-6)
+
+
+@pytest.mark.parametrize("activations", [None, "qint8"])
+def test_inputs_of_any_shape(activations: str | None) -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    quantize(model, "qint4", activations)
+    x = torch.randn(64, 6).T
+    with torch.no_grad():
+        before = model(x)
+        freeze(model)
+        close(model(x), before, 1e-4)
+        close(model(x.view(2, 3, 64)).flatten(0, 1), before, 1e-4)
+        close(model(x[1]), before[1], 1e-4)
+        assert model(x[:0]).shape == (0, 32)
+
+
+def test_weights_beyond_the_range_of_a_grid_are_bad_weights() -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    with torch.no_grad():
+        model[0].weight.mul_(1e8)
+    quantize(model, qint4)
+    with pytest.raises(BadWeightsError, match="float16"):
+        freeze(model)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_layers_of_nothing_stay_nothing(name: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    nn.init.zeros_(model[0].weight)
+    quantize(model, name, "qint8")
+    freeze(model)
+    assert (model(torch.randn(2, 64)) == 0).all()
+    assert (model(torch.zeros(2, 64)) == 0).all()
+
+
+def test_a_model_without_layers_is_no_error() -> None:
+    model = nn.Sequential(nn.ReLU())
+    assert "0.0%" in str(quantize(model, qint8))
+    assert "0.0 MB" in str(freeze(model))
+
+
+def test_models_can_be_made_without_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 32))
+        quantize(model, qint8, "qint8")
+    model.to_empty(device="cpu")
+    assert not any(each.is_meta for each in [*model.parameters(), *model.buffers()])
+    assert not model[0].inputs.static
+
+
+@pytest.mark.parametrize("activations", [None, "qint8", "qfloat8"])
+@pytest.mark.parametrize("weights", TYPES)
+def test_without_native_code_everything_is_the_same(
+    weights: str, activations: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small()
+    quantize(model, weights, activations)
+    freeze(model)
+    index = torch.arange(50)
+    with torch.no_grad():
+        before = model(index)
+        monkeypatch.setattr("whit.kernels.library.NATIVE", None)
+        close(model(index), before, 0.03 if activations else 1e-5)  # codes of inputs flip on the last bit

@@ -24,6 +24,7 @@ TRAINED = {
     "scale per row": qint8,
     "scale per matrix": grid_named("int8-tensor:f32"),
     "table": grid_named("nf4-g16:f32"),
+    "codebook": TYPES["codebook3"],
     "unit": grid_named("int8-g64@0.5:f32"),
 }
 
@@ -305,3 +306,20 @@ def test_trained_scales_are_seen_at_once_and_frozen() -> None:
         assert torch.equal(twin.seen(), 2 * before)
     assert torch.equal(frozen(twin).weight, 2 * before)
     assert not any(value.requires_grad for value in frozen(twin).buffers())
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q6_k", "q3_k", "iq4_xs"])
+def test_scales_of_superblocks_get_gradients_too(name: str) -> None:
+    grid, W, R = grid_named(name), normal(3, 512), normal(3, 512, seed=1)
+    quantized = nearest(W, grid)
+    floats = [key for key, value in quantized.params.items() if value.is_floating_point()]
+    assert floats
+    for key in floats:
+        value = quantized.params[key]
+        leaf = value.clone().requires_grad_()
+        straight_through(W, type(quantized)(grid, (3, 512), quantized.codes, {**quantized.params, key: leaf})).backward(
+            R
+        )
+        ends = [grid.decode(quantized.codes, {**quantized.params, key: value.float() + by}) for by in (1, -1)]
+        slope = (((ends[0] - ends[1]) / 2).double() * R.double()).view(3, -1, 512 // value.shape[1]).sum(-1)
+        assert torch.allclose(leaf.grad.double(), slope, rtol=1e-2, atol=1e-2 * slope.abs().max().item())

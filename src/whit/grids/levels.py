@@ -146,13 +146,13 @@ class Table:
         """Index of the nearest level; a tie goes to the lower one."""
         halves, first = self._halves
         if halves is None:
-            return torch.bucketize(x, self._middles).to(torch.uint8)
+            return torch.bucketize(x, self._middles.to(x.device)).to(torch.uint8)
         index = (x * 2).ceil_().clamp_(first, first + len(halves) - 1).sub_(first).to(torch.int32)
-        return halves.index_select(0, index.reshape(-1)).view(x.shape)
+        return halves.to(x.device).index_select(0, index.reshape(-1)).view(x.shape)
 
     def values(self, codes: Tensor) -> Tensor:
         """The table's numbers as float32."""
-        return self._levels.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        return self._levels.to(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
     def snap(self, x: Tensor) -> Tensor:
         """A tie goes to the lower one."""

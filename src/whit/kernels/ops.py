@@ -43,39 +43,39 @@ def name_of(grid: Grid) -> str:
 
 
 def _linear(x: Tensor, bias: Tensor | None, *matrix: Any) -> Tensor:
-    if library.NATIVE is not None and x.dtype in library.FLOATS:
+    if library.NATIVE is not None and x.is_cpu and x.dtype in library.FLOATS:
         return library.NATIVE.linear(x, bias, *matrix)
     return reference.linear(x, reference.dequantize(*matrix), bias)
 
 
 def _linear_int8(x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: Any) -> Tensor:
-    if library.NATIVE is not None:
+    if library.NATIVE is not None and x.is_cpu:
         return library.NATIVE.linear_int8(x, x_scale, bias, dtype, *matrix)
     return reference.linear_int8(x, x_scale, reference.dequantize(*matrix), bias, dtype)
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    if library.NATIVE is not None and x.dtype in library.FLOATS:
+    if library.NATIVE is not None and x.is_cpu and x.dtype in library.FLOATS:
         return library.NATIVE.quantize_rows(x)
     return reference.quantize_rows(x)
 
 
 def _dequantize(dtype: torch.dtype, *matrix: Any) -> Tensor:
-    if library.NATIVE is not None and dtype in library.FLOATS:
+    if library.NATIVE is not None and matrix[0].is_cpu and dtype in library.FLOATS:
         return library.NATIVE.dequantize(dtype, *matrix)
     return reference.dequantize(*matrix).to(dtype)
 
 
 def _rows(index: Tensor, dtype: torch.dtype, *matrix: Any) -> Tensor:
     codes, scale, offset, table, rows, cols, bits, group, zero, unit = matrix
-    if library.NATIVE is not None and dtype in library.FLOATS:
+    if library.NATIVE is not None and index.is_cpu and dtype in library.FLOATS:
         return library.NATIVE.rows(index, dtype, *matrix)
     if scale is None:
-        few, at = index.reshape(-1), torch.arange(index.numel())
+        few, at = index.reshape(-1), torch.arange(index.numel(), device=index.device)
         table, codes = table[few], codes[few]
     else:  # the tiles of these rows alone
         of_row, lane = index.reshape(-1) // 16, index.reshape(-1) % 16
-        at = torch.arange(index.numel()) * 16 + lane
+        at = torch.arange(index.numel(), device=index.device) * 16 + lane
         codes, scale = codes[of_row], _select(scale, of_row)
         offset = None if offset is None else _select(offset, of_row)
         rows = 16 * index.numel()
@@ -106,6 +106,7 @@ for _name, _function in {
     "decode": _decode,
 }.items():
     _LIBRARY.impl(_name, _function, "CPU")
+    _LIBRARY.impl(_name, _function, "CUDA")  # torch's own operations on decoded weights
 
 
 # What torch.compile needs: shapes and dtypes alone.

@@ -188,7 +188,8 @@ class QuantizedCache(Cache):
                 f"a cache has 4 or 8 bits, a window and a group of tokens; found {bits}, {window}, {group}."
             )
         text = config.get_text_config()
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        window_of_all = getattr(text, "sliding_window", None)  # where kinds of layers are not listed
+        kinds = set(getattr(text, "layer_types", None) or ["sliding_attention" if window_of_all else "full_attention"])
         if kinds != {"full_attention"}:
             raise RecipeError(
                 f"layers of the kinds {sorted(kinds)} have caches of their own; full attention is quantized."

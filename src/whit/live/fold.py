@@ -3,7 +3,7 @@
     W' = W diag(t),    norm' = norm / t
 
 leaves the function alone if nothing but those layers sees the norm's output. Who sees it is found by running the model
-once and comparing tensors by identity; whether a norm's weight is a factor (or one plus a factor, as in Gemma) and
+once and comparing where tensors lie; whether a norm's weight is a factor (or one plus a factor, as in Gemma) and
 whether something else looks at its output is found by trying: predictions must stay as they were.
 """
 
@@ -70,11 +70,19 @@ def pairs_of(model: nn.Module, call: Call) -> list[Pair]:
     for name, norm in norms.items():
         if name not in made:
             continue
-        consumers = tuple(twins[key] for key, x in given.items() if x is made[name][1])
+        consumers = tuple(twins[key] for key, x in given.items() if _same(x, made[name][1]))
         kind = _kind(norm, *made[name]) if consumers else None
         if kind is not None:
             found.append(Pair(name, norm, consumers, kind))
     return _sound(model, found, call)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether it is the very tensor, or a view of all of it, as heads are given."""
+    return a is b or (
+        isinstance(b, Tensor)
+        and (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+    )
 
 
 def fold(pair: Pair, t: Tensor) -> None:

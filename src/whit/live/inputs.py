@@ -32,8 +32,10 @@ class Inputs(nn.Module):
     """
 
     def __init__(self, kind: str, leaving: bool = False) -> None:
-        """One scale per token."""
+        """One scale per token. Raises ValueError for another kind."""
         super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"inputs are rounded to {' or '.join(KINDS)}, found {kind!r}")
         self.kind, self.leaving, self.enabled, self.observer = kind, leaving, True, None
         self._static = False
         self.register_buffer("scale", torch.zeros((), dtype=torch.float32))  # zero: one per token
@@ -85,7 +87,9 @@ class Inputs(nn.Module):
         return f"{self.kind}, {'one scale' if self._static else 'a scale per token'}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Inputs:
-        self.scale = self.scale.to(fn(torch.empty(0, device=self.scale.device)).device)  # never cast
+        device = fn(torch.empty(0, device=self.scale.device)).device
+        if device != self.scale.device:  # never cast
+            self.scale = torch.zeros_like(self.scale, device=device) if self.scale.is_meta else self.scale.to(device)
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -122,4 +122,14 @@ def _rounding_class(original: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.outputs(original.forward(self, *args, **kwargs))
 
-    return type(f"Q{original.__name__}", (original,), {"forward": forward, "__module__": __name__, "quantized": True})
+    def reduce(self: Any) -> Any:
+        return _empty, (original,), self.__dict__  # pickles find classes by name, and this one has none
+
+    own = {"forward": forward, "__reduce__": reduce, "__module__": __name__, "quantized": True}
+    return type(f"Q{original.__name__}", (original,), own)
+
+
+def _empty(original: Any) -> Any:
+    """A rounding norm that its state is still to be given to."""
+    cls: Any = _rounding_class(original)
+    return cls.__new__(cls)

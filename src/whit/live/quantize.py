@@ -120,7 +120,8 @@ class Memory:
     after: int
 
     def __str__(self) -> str:
-        return f"{self.before / 1e6:,.1f} MB before, {self.after / 1e6:,.1f} MB after ({self.after / self.before:.3f}x)"
+        share = self.after / max(1, self.before)
+        return f"{self.before / 1e6:,.1f} MB before, {self.after / 1e6:,.1f} MB after ({share:.3f}x)"
 
 
 def freeze(model: nn.Module) -> Memory:
@@ -228,15 +229,17 @@ def twin_of(
             factor = getattr(module, FACTOR, None)
             if type(module).forward is not nn.Embedding.forward and not isinstance(factor, Tensor):
                 return "an Embedding that computes something else"
-            if module.max_norm is not None or module.sparse:
-                return "an Embedding that changes while it is read, or has sparse gradients"
+            if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+                return "an Embedding that changes while it is read, or has gradients of its own kind"
             chosen, note = fitted(grid, module.weight.shape[1])
             made = QEmbedding(module, chosen, factor)
             kind = None
         elif stacks and (hasattr(module, "act_fn") or hasattr(module, "_apply_gate")):
             return _experts(name, module, stacks, grid, kind)
         else:
-            return "a matrix of its own kind, such as a router's"
+            return (
+                "no layer that can be on a grid" if matrix is None else "a matrix of its own kind, such as a router's"
+            )
     except RecipeError as error:
         return str(error)
     n = matrix.numel() if matrix is not None else 0

@@ -24,6 +24,7 @@ from whit.errors import BrokenFileError, ModelError, OutputError, RecipeError
 from whit.grids.grid import Grid, Spec
 from whit.grids.named import grid_name, grid_named
 from whit.kernels.form import buffer_specs
+from whit.kernels.library import large_pages
 from whit.kernels.packed import Packed
 from whit.live.checkpoint import empty_model, live_checkpoint
 from whit.live.experts import QExperts
@@ -93,6 +94,9 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
             kept = _stored_names(model)
             state = {k: v.to(dtype) if v.is_floating_point() and k not in kept else v for k, v in state.items()}
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        for frozen in (each for each in model.modules() if isinstance(each, Frozen)):
+            frozen.packed.check()  # kernels trust what they are given
+            large_pages(frozen.tensors.values())
     except BROKEN as error:
         raise BrokenFileError(f"{folder}: {MAP} and the tensors do not describe this model ({error}).") from None
     if missing or unexpected:
@@ -194,7 +198,7 @@ def _empty(grid: Grid, shape: torch.Size) -> Frozen:
 
 def _stored_names(model: nn.Module) -> set[str]:
     found = set()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Frozen | Inputs):
             found |= {f"{name}.{key}" for key in module._buffers}
     return found

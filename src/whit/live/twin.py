@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from whit.errors import BadWeightsError
 from whit.grids.grid import Grid, Params
 from whit.grids.quantized import QuantizedTensor
 from whit.kernels.matmul import dequantize, linear, linear_int8
@@ -41,13 +42,11 @@ class _Through(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         grads: list[Tensor | None] = [None] * len(params)
         if any(wanted):
-            bases = ctx.grid.bases(codes, dict(zip(ctx.names, params, strict=True)))
-            for k, (name, value) in enumerate(zip(ctx.names, params, strict=True)):
-                if wanted[k]:
-                    rows, spans = value.shape
-                    product = gradient * bases[name]
-                    total = product.sum() if rows == 1 < product.shape[0] else product.view(rows, spans, -1).sum(-1)
-                    grads[k] = total.view(value.shape).to(value.dtype)
+            leaves = [value.detach().requires_grad_(each) for value, each in zip(params, wanted, strict=True)]
+            with torch.enable_grad():
+                decoded = ctx.grid.decode(codes, dict(zip(ctx.names, leaves, strict=True)))
+            found = iter(torch.autograd.grad(decoded, [leaf for leaf in leaves if leaf.requires_grad], gradient))
+            grads = [next(found) if each else None for each in wanted]
         return gradient, None, None, None, *grads
 
 
@@ -103,7 +102,10 @@ class Twin(nn.Module):
             return self.frozen.quantized
         W = self.matrix.detach().float().contiguous()
         if self.fixed is None:
-            return nearest(W, self.grid)
+            try:
+                return nearest(W, self.grid)
+            except OverflowError as error:
+                raise BadWeightsError(f"a matrix {list(W.shape)} leaves its grid's range: {error}.") from None
         params: Params = self.fixed.tensors
         rows, cols = W.shape
         codes = self._kept()
@@ -130,7 +132,10 @@ class Twin(nn.Module):
         return self._seen[1]
 
     def _key(self) -> tuple[Any, ...] | None:
-        """Another one whenever the parameter has changed; None when that cannot be seen."""
+        """Another one whenever the parameter has changed; None when that cannot be seen.
+
+        A change through `parameter.data` tells nobody: call `forget` after it.
+        """
         parameter = self._parameters.get("weight")
         if parameter is None or parameter.is_inference():
             return None

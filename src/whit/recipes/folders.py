@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from whit.errors import RecipeError
-from whit.grids.named import grid_named
+from whit.grids.named import ALIASES, GRIDS, grid_named
 from whit.recipes.named import override
 from whit.recipes.recipe import Recipe, Rule
 
@@ -90,9 +90,10 @@ def _named(key: str, rounding: str) -> Recipe | None:
 def _recipe(name: str, layout: str, grid: str, rounding: str, activations: str = "") -> Recipe:
     try:
         grid_named(grid)
+        known = layout == WHIT or grid.partition(":")[0] in {**GRIDS, **ALIASES}  # other groups no runtime has
     except RecipeError:
-        raise RecipeError(
-            f"Recipe {name}: groups have 32, 64 or 128 weights; the grid {grid} does not exist."
-        ) from None
+        known = False
+    if not known:
+        raise RecipeError(f"Recipe {name}: groups have 32, 64 or 128 weights; the grid {grid} does not exist.")
     outer = tuple(Rule(pattern, "f16") for pattern in ("token_embd.weight", "output.weight"))
     return Recipe(name, (*outer, Rule("*", grid, rounding)), layout=layout, activations=activations)
