@@ -59,6 +59,15 @@ void finish(const float* sums, int64_t first, int64_t n, int64_t row, int64_t n_
             int64_t scale_step, const void* bias, void* y, int type) {
   for (int64_t i = 0; i < n; i++) {
     const float factor = x_scale ? x_scale[(first + i) * scale_step] : 1.0f;
+    if (type == BF16 && !bias && n_rows == LANES) {  // the usual case, without a branch, so that it becomes vectors
+      uint16_t* to = static_cast<uint16_t*>(y) + (first + i) * rows + row;
+      for (int64_t lane = 0; lane < LANES; lane++) {
+        const float value = sums[i * LANES + lane] * factor;
+        const uint32_t bits = to_bits(value), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        to[lane] = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+      }
+      continue;
+    }
     for (int64_t lane = 0; lane < n_rows; lane++) {
       float value = sums[i * LANES + lane] * factor;
       if (bias) value += load(static_cast<const uint8_t*>(bias), row + lane, type);
@@ -74,7 +83,9 @@ using Streams = decltype(Kernels::streams_int8);
 // which of the two served it.
 void run_tiles(Tile tile_of, Streams streams, const Matrix& w, const Activations& a, const float* x_scale,
                int64_t scale_step, const void* bias, void* y, int type, int threads) {
-  const int64_t tiles = (w.rows + LANES - 1) / LANES, step = streams && a.m == 1 ? STREAMS : 1;
+  const int64_t tiles = (w.rows + LANES - 1) / LANES;
+  // one thread gets more from memory with several tiles under way; two or more are faster with one each
+  const int64_t step = streams && a.m == 1 && threads == 1 ? STREAMS : 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t from = 0; from < tiles; from += step) {
     alignas(64) float out[MOST * LANES];

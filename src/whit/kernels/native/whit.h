@@ -15,7 +15,7 @@ constexpr int64_t QUAD = 64;    // codes of four columns of a tile
 constexpr int64_t MOST = 4;     // rows of x that one call of a kernel takes
 constexpr int64_t SEGMENT = 4096;  // columns that integer sums may run over: 255 * 128 * 4096 < 2^31
 constexpr int64_t FIXED = 128;     // the same for x in fixed point: its parts' sums stay exact in float32
-constexpr int64_t STREAMS = 4;     // tiles that are read at a time for one row of x
+constexpr int64_t STREAMS = 4;     // tiles that one thread alone reads at a time for one row of x
 constexpr int PARTS = 3;           // int8 digits of x in fixed point
 
 enum Type : int { F32 = 0, BF16 = 1, F16 = 2, E8M0 = 3, E4M3 = 4 };
