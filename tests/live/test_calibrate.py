@@ -141,6 +141,7 @@ def test_auto_is_never_worse_than_the_best_method_and_says_what_it_measured(name
         run(model, BATCHES[:2])
     assert set(result.divergence) == {"per token", "auto", *RANGES}
     assert result.divergence["auto"] <= min(result.divergence[method] for method in RANGES)
+    assert result.divergence["auto"] <= 1.1 * result.divergence["per token"]
     calls = calls_of(BATCHES[:2])
     for each in inputs_of(model).values():
         each.enabled = False

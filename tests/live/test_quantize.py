@@ -244,11 +244,23 @@ def test_without_types_nothing_happens() -> None:
     assert type(model[1]) is nn.Linear
 
 
-def test_activations_alone_quantize_what_norms_return() -> None:
-    model = small()
-    report = quantize(model, activations=qint8)
-    assert [each.twin for each in report.replaced] == ["QLayerNorm"]
-    assert repr(model[2]).startswith("QLayerNorm")
+def test_activations_alone_are_refused() -> None:
+    with pytest.raises(RecipeError, match="give weights="):
+        quantize(tiny_model("llama"), activations=qint8)
+
+
+def test_a_pattern_that_includes_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match="matches no module"):
+        quantize(tiny_model("llama"), qint8, include="*q_prj")
+
+
+def test_the_share_counts_biases_and_norms_and_tied_matrices_once() -> None:
+    model = tiny_model("gpt2")
+    total = sum(each.numel() for each in model.parameters())
+    matrices = sum(each.numel() for each in model.parameters() if each.dim() > 1)
+    report = quantize(model, qint8)
+    assert report.share == matrices / total < 1
+    assert next(each for each in report.replaced if each.name == "lm_head").note.startswith("tied to")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -12,12 +12,13 @@ REPORT = Report(
         Replaced("d", "QLayerNorm", "", "int8", 0),
     ),
     (Left("e", "Router", 60, "a router"), Left("f", "Router", 30, "a router"), Left("g", "Odd", 10, "excluded")),
+    1000,
 )
 
 
 def test_the_share_is_that_of_the_parameters() -> None:
     assert REPORT.share == 0.9
-    assert Report((), ()).share == 0
+    assert Report((), (), 0).share == 0
 
 
 def test_printed_it_adds_up_what_is_alike() -> None:
@@ -35,7 +36,7 @@ def test_printed_it_adds_up_what_is_alike() -> None:
 
 
 def test_with_nothing_left_it_does_not_speak_of_it() -> None:
-    assert "left in float" not in str(Report(REPORT.replaced, ()))
+    assert "left in float" not in str(Report(REPORT.replaced, (), 900))
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])

@@ -6,7 +6,8 @@
 
 While the context lasts, matrices are seen rounded and activations are not; every layer counts the sizes of its inputs.
 At its end each gets one scale, chosen as `method` says. `auto` looks at the model's own predictions: it takes the
-method whose scales change them least, then gives a scale per token back to every layer where a fixed one hurts.
+method whose scales change them least, then gives a scale per token back to layers where a fixed one hurts, the coarsest
+first, until predictions are nearly what they are with a scale per token everywhere.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from whit.live.smooth import smooth as smoothed
 
 AUTO = "auto"
 JUDGED = 2  # calls on whose predictions `auto` decides
-PATIENCE = 8  # layers in a row that gain nothing before `auto` stops looking
-WORTH = 0.02  # share of the divergence that a scale per token must save to be given back
+WORTH = 0.002  # share of the divergence that a scale per token must save to be given back
+SLACK = 1.1  # fixed scales may cost a tenth of what a scale per token everywhere does
 METHODS = (*RANGES, AUTO)
 
 
@@ -112,22 +113,25 @@ def _choose(
     for name, each in inputs.items():
         each.fix(RANGES[method](histograms[name], 8))
         result.scales[name] = method if each.static else "per token"
-    now = result.divergence[method]
-    missed = 0
+    now, enough = result.divergence[method], SLACK * result.divergence["per token"]
     for names in sorted(_alike(histograms), key=lambda names: -coarseness(histograms[names[0]], inputs[names[0]].most)):
-        if missed == PATIENCE:
-            break  # the coarsest come first
+        if now <= enough:
+            break  # the coarsest came first
         kept = {name: inputs[name].scale.clone() for name in names}
         for name in names:
             inputs[name].fix(None)
         then = divergence(model, calls, reference)
         if now - then > WORTH * now:
-            now, missed = then, 0
+            now = then
             result.scales |= dict.fromkeys(names, "per token")
             continue
-        missed += 1
         for name in names:
             inputs[name].restore(kept[name])
+    if now > enough:  # what is left hurts together
+        for name, each in inputs.items():
+            each.fix(None)
+            result.scales[name] = "per token"
+        now = result.divergence["per token"]
     result.divergence[AUTO] = now
 
 

@@ -11,7 +11,7 @@ Replacing is done in place and by structure: what a module computes decides, not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -74,10 +74,17 @@ def quantize(
     Raises RecipeError for a type that is not known or does not fit, BadWeightsError for NaN and infinities.
     """
     grid, kind = type_named(weights), _kind(activations)
+    if grid is None and kind is not None:
+        raise RecipeError("Activations are quantized together with the weights they meet: give weights=, too.")
+    names = [name for name, _ in model.named_modules()]
+    if include is not None and not any(_matches(name, include, True) for name in names):
+        raise RecipeError(f"include={include!r} matches no module; {names[-1]!r} is one.")
     calls = _calls(method, calibration, tokenizer, preset)
     replaced: list[Replaced] = []
     left: list[Left] = []
     twins: dict[int, nn.Module] = {}  # a module that is used twice is replaced once
+    homes: dict[int, str] = {}  # parameters and who has them first
+    total = sum(each.numel() for each in model.parameters())
 
     def chosen(name: str) -> bool:
         return _matches(name, include, True) and not _matches(name, exclude, False)
@@ -99,6 +106,10 @@ def quantize(
                 left.append(Left(name, type(module).__name__, own, twin))
             continue
         made, found = twin
+        weight = module._parameters.get("weight")
+        first = homes.setdefault(id(weight), name) if weight is not None else name
+        if first != name and found.weights:
+            found = replace(found, n_parameters=0, note=f"tied to {first}")
         replaced.append(found)
         if made is not None:
             twins[id(module)] = made
@@ -109,7 +120,7 @@ def quantize(
     elif method == FLOORED:
         assert calls is not None
         feedback(model, new, calls, PRESETS[preset].effort, progress)
-    return Report(tuple(replaced), tuple(left))
+    return Report(tuple(replaced), tuple(left), total)
 
 
 @dataclass(frozen=True)
@@ -131,9 +142,12 @@ def freeze(model: nn.Module) -> Memory:
     """
     before = n_bytes(model)
     ties = Ties()
-    for twin in twins_of(model):
-        if twin.frozen is None:
-            ties.freeze(twin, lambda twin=twin: Frozen.of(twin.quantized()))  # type: ignore[misc]
+    for name, twin in model.named_modules():
+        if isinstance(twin, Twin) and twin.frozen is None:
+            try:
+                ties.freeze(twin, lambda twin=twin: Frozen.of(twin.quantized()))  # type: ignore[misc]
+            except BadWeightsError as error:
+                raise BadWeightsError(f"{name}: {error}") from None
     del ties
     return_memory()
     return Memory(before, n_bytes(model))

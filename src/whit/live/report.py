@@ -14,7 +14,7 @@ class Replaced:
     twin          its class
     weights       the grid, empty for norms
     activations   how what arrives (for norms: what leaves) is quantized, empty for not at all
-    n_parameters  of its matrix
+    n_parameters  of its matrix; 0 when it is tied to one that is named before
     note          what is not as it was asked for, else empty
     """
 
@@ -38,17 +38,19 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """Printed, it is a table."""
+    """Printed, it is a table.
+
+    total  parameters of the model, biases and norms included, shared ones once
+    """
 
     replaced: tuple[Replaced, ...]
     left: tuple[Left, ...]
+    total: int
 
     @property
     def share(self) -> float:
-        """Share of all parameters that are on a grid."""
-        inside = sum(each.n_parameters for each in self.replaced if each.weights)
-        floats = sum(each.n_parameters for each in self.left)
-        return inside / max(1, inside + floats)
+        """Share of all parameters, shared ones once, that these layers put on a grid."""
+        return sum(each.n_parameters for each in self.replaced if each.weights) / max(1, self.total)
 
     def __str__(self) -> str:
         rows = Counter[tuple[str, str, str, str]]()

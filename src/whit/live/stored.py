@@ -70,8 +70,10 @@ class Frozen(Stored):
     @classmethod
     def of(cls, quantized: QuantizedTensor) -> Frozen:
         """From codes and parameters, which may have been trained."""
-        params = {name: value.detach() for name, value in quantized.params.items()}
-        return cls(pack(replace(quantized, params=params)))
+        device = quantized.codes.device  # codes are packed by the processor
+        params = {name: value.detach().cpu() for name, value in quantized.params.items()}
+        packed = pack(replace(quantized, codes=quantized.codes.cpu(), params=params))
+        return cls(replace(packed, buffers={name: value.to(device) for name, value in packed.buffers.items()}))
 
     @property
     def grid(self) -> Grid:
