@@ -22,6 +22,7 @@ from whit.live.inputs import Inputs
 from whit.live.quantize import freeze, n_bytes, quantize, twins_of
 from whit.live.save import load, save
 from whit.live.types import TYPES, grouped, mxfp4
+from whit.models.open import open_model
 
 TOKENS = torch.tensor([random_tokens(24)])
 MODELS = ("llama", "llama-tied-biased", "gpt2", "gemma3_text", "phi3", "opt", "mixtral", "qwen3_moe", "gpt_neox")
@@ -360,3 +361,12 @@ def test_the_configuration_and_the_tokenizer_lie_beside(tmp_path: Path) -> None:
     names = {each.name for each in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "whit.json"}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_command_line_says_what_a_live_folder_is(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    quantize(model, "qint8")
+    freeze(model)
+    save(model, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"whit\.load"):
+        open_model(tmp_path / "out")

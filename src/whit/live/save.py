@@ -34,8 +34,9 @@ from whit.live.quantize import swap, twin_of
 from whit.live.stored import Frozen
 from whit.live.twin import Ties, Twin
 from whit.models.model import Model
+from whit.models.open import LIVE
 
-MAP, VERSION = "whit.json", 1
+MAP, VERSION = LIVE, 1
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecipeError)
 
 

@@ -16,6 +16,9 @@ from whit.models.builtin import BUILTIN
 from whit.models.model import Model
 
 
+LIVE = "whit.json"  # beside the tensors of a live model
+
+
 def open_model(text: str | Path, fetch: bool = True) -> Model:
     """Open a model; only headers are read.
 
@@ -39,6 +42,8 @@ def open_model(text: str | Path, fetch: bool = True) -> Model:
 
 
 def _open_folder(label: str, folder: Path) -> Model:
+    if (folder / LIVE).is_file():
+        raise ModelError(f"{label} holds a live model (whit.save): whit.load(folder) opens it in Python.")
     return _model(label, read_config(folder), *open_folder(folder), folder)
 
 
