@@ -15,7 +15,6 @@ from whit.models.architecture import from_gguf, turned_names
 from whit.models.builtin import BUILTIN
 from whit.models.model import Model
 
-
 LIVE = "whit.json"  # beside the tensors of a live model
 
 
