@@ -2,7 +2,7 @@
 //
 // Float activations meet integer levels in fixed point: x becomes three int8 digits and a power of two per segment of at
 // most 128 columns, and three integer products replace the conversion of every code to float32. What is lost is at most
-// 2^-22 of the segment's largest |x|; the sums are exact. bfloat16 products were slower than float32 ones here.
+// 2^-22 of the segment's largest |x| (2^-15 with the two digits that x of 16 bits gets); the sums are exact. bfloat16 products were slower than float32 ones here.
 #include "whit.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -90,33 +90,38 @@ void tile_singles(const Matrix& w, const Activations& a, int64_t tile, int64_t f
   for (int i = 0; i < M; i++) _mm512_storeu_ps(out + i * LANES, y[i]);
 }
 
-// Fixed point: q = x / scale in 24 bits, as digits of base 256 from -128 to 127.
+// Fixed point: q = x / scale in 8 bits a part, as digits of base 256 from -128 to 127.
+template <int P>
 void fixed(const float* x, int64_t n, int8_t* digits, Places to, float* scale, int32_t* sums) {
   __m512i most = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 16)
     most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
   const int exponent = exponent_of(_mm512_reduce_max_epu32(most));
-  *scale = power_of_two(exponent - 22);
-  const __m512 inverse = _mm512_set1_ps(power_of_two(22 - exponent));
+  constexpr int bits = 8 * P - 2;
+  *scale = power_of_two(exponent - bits);
+  const __m512 inverse = _mm512_set1_ps(power_of_two(bits - exponent));
   __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
   const __m512i half = _mm512_set1_epi32(128);
   for (int64_t i = 0; i < n; i += 16) {
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
     const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, half), 8);
-    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(upper, half), 8);
+    const __m512i high = P == 3 ? _mm512_srai_epi32(_mm512_add_epi32(upper, half), 8) : upper;
     high_sum = _mm512_add_epi32(high_sum, high);
-    low_sum = _mm512_add_epi32(low_sum, _mm512_sub_epi32(q, _mm512_slli_epi32(high, 16)));
+    low_sum = _mm512_add_epi32(low_sum, _mm512_sub_epi32(q, _mm512_slli_epi32(high, 8 * (P - 1))));
     // the low byte of each is its digit
-    const __m128i part[PARTS] = {_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(upper), _mm512_cvtepi32_epi8(q)};
+    __m128i part[P];
+    part[0] = _mm512_cvtepi32_epi8(high);
+    if constexpr (P == 3) part[1] = _mm512_cvtepi32_epi8(upper);
+    part[P - 1] = _mm512_cvtepi32_epi8(q);
     if (to.depth >= 16) {
-      for (int p = 0; p < PARTS; p++)
+      for (int p = 0; p < P; p++)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + to.at(i) + p * to.part), part[p]);
       continue;
     }
-    alignas(16) int32_t fours[PARTS][4];
-    for (int p = 0; p < PARTS; p++) _mm_store_si128(reinterpret_cast<__m128i*>(fours[p]), part[p]);
+    alignas(16) int32_t fours[P][4];
+    for (int p = 0; p < P; p++) _mm_store_si128(reinterpret_cast<__m128i*>(fours[p]), part[p]);
     for (int j = 0; j < 4; j++)
-      for (int p = 0; p < PARTS; p++) memcpy(digits + to.at(i + 4 * j) + p * to.part, &fours[p][j], 4);
+      for (int p = 0; p < P; p++) memcpy(digits + to.at(i + 4 * j) + p * to.part, &fours[p][j], 4);
   }
   sums[0] = _mm512_reduce_add_epi32(high_sum);
   sums[1] = _mm512_reduce_add_epi32(low_sum);
@@ -138,6 +143,11 @@ struct Integers {
 template <int BITS, int M>
 struct Fixed {
   static Rows of(const Matrix& w) { return integers_of<V, BITS, M, PARTS>(w); }
+};
+
+template <int BITS, int M>
+struct Halves {
+  static Rows of(const Matrix& w) { return integers_of<V, BITS, M, HALF_PARTS>(w); }
 };
 
 // STREAMS tiles for one row of x: out [STREAMS][16].
@@ -265,8 +275,9 @@ void decode(const Matrix& w, const uint8_t* codes, int64_t tile, int64_t lane, v
   }
 }
 
-const Kernels kernels = {"avx512-vnni", tiles_of<Floats>, tiles_of<Integers>, tiles_of<Fixed>,   fixed,
-                         row_float,     unpack,           decode,             streams_of<1>,     streams_of<PARTS>};
+const Kernels kernels = {"avx512-vnni", tiles_of<Floats>, tiles_of<Integers>, tiles_of<Fixed>,   fixed<PARTS>,
+                         row_float,     unpack,           decode,             streams_of<1>,     streams_of<PARTS>,
+                         tiles_of<Halves>, fixed<HALF_PARTS>, streams_of<HALF_PARTS>};
 
 }  // namespace
 

@@ -2,7 +2,7 @@
 // taken off the sums. Included where an instruction set is turned on, with a type V that names its operations.
 //
 // V::ROWS rows are in a register: four codes of each as bytes, one sum of each as int32 or float32.
-// P parts of x: 1 for x of int8, PARTS for x in fixed point.
+// P parts of x: 1 for x of int8, PARTS or HALF_PARTS for x in fixed point.
 // T tiles take turns, group by group: more streams from memory are under way at a time.
 
 #ifndef WHIT_LAMBDA
@@ -97,12 +97,14 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
             x_sum = float(a.q_sums[segment]);
             y[h][i] = V::fma(scale, V::converted(high), y[h][i]);
           } else {
+            constexpr float base = P == 3 ? 65536.0f : 256.0f;  // of the highest digit
             const int32_t* both = a.q_sums + 2 * segment;
-            typename V::Ints low = V::add(V::times_256(sums[i][1][0]), sums[i][2][0]);
+            typename V::Ints low = sums[i][P - 1][0];
+            if constexpr (P == 3) low = V::add(V::times_256(sums[i][1][0]), low);
             high = V::sub(high, offset(mine, both[0]));
             low = V::sub(low, offset(mine, both[1]));
-            const typename V::Floats sum = V::fma(V::converted(high), V::floats(65536.0f), V::converted(low));
-            x_sum = (float(both[0]) * 65536.0f + float(both[1])) * a.q_scale[segment];
+            const typename V::Floats sum = V::fma(V::converted(high), V::floats(base), V::converted(low));
+            x_sum = (float(both[0]) * base + float(both[1])) * a.q_scale[segment];
             y[h][i] = V::fma(V::mul(scale, V::floats(a.q_scale[segment])), sum, y[h][i]);
           }
           if (w.offset_kind == MINIMUM)

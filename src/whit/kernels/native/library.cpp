@@ -37,8 +37,8 @@ Activations as_floats(const Matrix& w, const float* padded, int64_t m) {
   return a;
 }
 
-// Activations in fixed point, each segment of a group with a scale of its own.
-Activations as_fixed(const Matrix& w, const float* padded, int64_t m) {
+// Activations in fixed point of so many digits, each segment of a group with a scale of its own.
+Activations as_fixed(const Matrix& w, const float* padded, int64_t m, int parts) {
   const int64_t per_group = segments_of(w.group, FIXED), n = w.groups * per_group;
   int8_t* digits = scratch.take<int8_t>(m * w.padded * PARTS);
   float* scale = scratch.take<float>(m * n);
@@ -46,8 +46,9 @@ Activations as_fixed(const Matrix& w, const float* padded, int64_t m) {
   for (int64_t i = 0; i < m * n; i++) {
     const int64_t group = i % n / per_group, from = group * w.group + i % per_group * FIXED;
     const int64_t end = (group + 1) * w.group, at = i / n * w.padded + from;
-    kernels()->fixed(padded + at, end - from < FIXED ? end - from : FIXED, digits + at * PARTS,
-                     Places{4, 4 * PARTS, 4}, scale + i, sums + 2 * i);
+    const auto fixed = parts == PARTS ? kernels()->fixed : kernels()->fixed_half;
+    fixed(padded + at, end - from < FIXED ? end - from : FIXED, digits + at * parts, Places{4, 4 * parts, 4}, scale + i,
+          sums + 2 * i);
   }
   Activations a = {};
   a.m = m, a.stride = w.padded, a.groups = w.groups, a.q = digits, a.q_scale = scale, a.q_sums = sums;
@@ -182,9 +183,13 @@ WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y
     memset(padded + i * w.padded + cols, 0, size_t(w.padded - cols) * 4);
   }
   if (w.books) return run_rows(w, padded, m, nullptr, 0, bias, y, type, threads);
-  if (w.integer && kernels()->tile_fixed && finite(padded, m * w.padded))
-    return run_tiles(kernels()->tile_fixed, kernels()->streams_fixed, w, as_fixed(w, padded, m), nullptr, 0, bias, y, type,
-                     threads);
+  const Kernels* k = kernels();
+  if (w.integer && k->tile_fixed && finite(padded, m * w.padded)) {
+    if (type != F32 && k->tile_half)
+      return run_tiles(k->tile_half, k->streams_half, w, as_fixed(w, padded, m, HALF_PARTS), nullptr, 0, bias, y, type,
+                       threads);
+    return run_tiles(k->tile_fixed, k->streams_fixed, w, as_fixed(w, padded, m, PARTS), nullptr, 0, bias, y, type, threads);
+  }
   run_tiles(kernels()->tile_float, nullptr, w, as_floats(w, padded, m), nullptr, 0, bias, y, type, threads);
 }
 

@@ -17,6 +17,7 @@ constexpr int64_t SEGMENT = 4096;  // columns that integer sums may run over: 25
 constexpr int64_t FIXED = 128;     // the same for x in fixed point: its parts' sums stay exact in float32
 constexpr int64_t STREAMS = 4;     // tiles that one thread alone reads at a time for one row of x
 constexpr int PARTS = 3;           // int8 digits of x in fixed point
+constexpr int HALF_PARTS = 2;      // the same for bfloat16 and float16, which have 8 and 11 bits themselves
 
 enum Type : int { F32 = 0, BF16 = 1, F16 = 2, E8M0 = 3, E4M3 = 4 };
 enum Offset : int { NONE = 0, ZERO_POINT = 1, MINIMUM = 2 };
@@ -92,6 +93,10 @@ struct Kernels {
   // as tile_int8 and tile_fixed, of STREAMS tiles and one row of x: out [STREAMS][16]; or null
   void (*streams_int8)(const Matrix&, const Activations&, int64_t tile, float* out) = nullptr;
   void (*streams_fixed)(const Matrix&, const Activations&, int64_t tile, float* out) = nullptr;
+  // the same three with HALF_PARTS digits, for x of 16 bits; or null
+  void (*tile_half)(const Matrix&, const Activations&, int64_t tile, int64_t first, int64_t n, float* out) = nullptr;
+  void (*fixed_half)(const float* x, int64_t n, int8_t* digits, Places to, float* scale, int32_t* sums) = nullptr;
+  void (*streams_half)(const Matrix&, const Activations&, int64_t tile, float* out) = nullptr;
 };
 
 const Kernels* generic();
