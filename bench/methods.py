@@ -30,7 +30,6 @@ from whit.rounding.curvature import Curvature
 from whit.rounding.methods import FLOORED, Effort
 from whit.rounding.nearest import nearest
 
-READ, REPORTED = 32, 24
 BARE = Effort(sweeps=0, late=False, rescale=False)
 METHODS = {
     "RTN": ("nearest", BARE),
@@ -47,11 +46,15 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--bits", type=int, nargs="*", default=(4, 3, 2))
+    parser.add_argument("--read", type=int, default=32, help="calibration windows")
+    parser.add_argument("--reported", type=int, default=24, help="windows of held-out text")
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     model, out = open_model(arguments.model), WORK / "methods"
     tokenizer = load_tokenizer(model)
-    read = windows(tokenizer.encode(documentation_text("calibration").content), limit=READ)
-    ids = windows(tokenizer.encode(default_text().content), limit=REPORTED)
+    read = windows(tokenizer.encode(documentation_text("calibration").content), limit=arguments.read)
+    ids = windows(tokenizer.encode(default_text().content), limit=arguments.reported)
     reference = final_states(model, ids)
     print(
         f"{Path(arguments.model).name}, groups of {arguments.group}: {len(read)} windows read, {len(ids)} reported.\n"
@@ -75,5 +78,4 @@ def _plain(W: Tensor, grid: Adaptive, c: Curvature, effort: Effort) -> Quantized
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()
