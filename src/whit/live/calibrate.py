@@ -29,6 +29,7 @@ AUTO = "auto"
 JUDGED = 2  # calls on whose predictions `auto` decides
 WORTH = 0.002  # share of the divergence that a scale per token must save to be given back
 SLACK = 1.1  # fixed scales may cost a tenth of what a scale per token everywhere does
+UNREAD = "no quantized layer reads it"
 METHODS = (*RANGES, AUTO)
 
 
@@ -77,6 +78,10 @@ def calibrate(model: nn.Module, method: str = "minmax", smooth: bool = False) ->
         histograms = {name: each.observer for name, each in inputs.items() if each.observer is not None}
     finally:
         _observe(inputs.values(), False)
+    for name in _unread(inputs, histograms):  # such as norms of single heads: rounding would cost and save nothing
+        histograms.pop(name)
+        inputs.pop(name).fix(None)
+        result.scales[name] = UNREAD
     if method == AUTO:
         _choose(model, inputs, histograms, calls[:JUDGED], result)
         return
@@ -133,6 +138,15 @@ def _choose(
             result.scales[name] = "per token"
         now = result.divergence["per token"]
     result.divergence[AUTO] = now
+
+
+def _unread(inputs: dict[str, Inputs], histograms: dict[str, Histogram]) -> list[str]:
+    """Norms whose outputs no quantized layer is given."""
+    found = []
+    for names in _alike(histograms):
+        if all(inputs[name].leaving for name in names):
+            found += names
+    return found
 
 
 def _alike(histograms: dict[str, Histogram]) -> list[list[str]]:
