@@ -21,18 +21,27 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from bench.gpu import SCRIPTS, TORCH
 from bench.measure import run
 from bench.peers import WORK
-from whit import calibrate, freeze, grouped, quantize
+from whit import calibrate, freeze, quantize
 from whit.calibration.text import default_text, documentation_text, windows
 from whit.grids.named import grid_name
 from whit.live.quantize import n_bytes
 from whit.live.run import calls_of, log_probabilities
-from whit.live.types import qint4, qint8, type_named
+from whit.live.types import qint8, type_named
 from whit.models.open import open_model
 from whit.models.skeleton import load_module
 from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.convert import convert
 
 READ = 8
+METHODS = {
+    "minmax": ("minmax", False),
+    "mse": ("mse", False),
+    "mse, smoothed": ("mse", True),
+    "auto": ("auto", False),
+    "auto, smoothed": ("auto", True),
+    "a scale per token": ("", False),
+}
+WEIGHTS = ("qint4", "int4-g32-asym", "int4-g64", "nf4-g64", "codebook4")
 QUANTO = ("optimum-quanto==0.2.7", "transformers==5.23.0", "accelerate")
 
 
@@ -40,7 +49,10 @@ def main() -> None:
     """Three tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--windows", type=int, default=24)
-    n = parser.parse_args().windows
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="of calibration")
+    parser.add_argument("--weights", nargs="*", default=list(WEIGHTS), help="types of 4 bits")
+    arguments = parser.parse_args()
+    n = arguments.windows
     model = open_model("smollm2-135m")
     tokenizer = load_tokenizer(model)
     folder, tokens, docs = WORK / "smollm2-135m-f32", WORK / "live.tokens.safetensors", WORK / "live.docs.safetensors"
@@ -85,14 +97,8 @@ def main() -> None:
     found = _quanto(str(folder), str(tokens), "--activations", "qint8", "--calibration", str(docs), "--windows", str(n))
     row("optimum-quanto", "qint8", found["kl"], 1, found["bytes_after"], found["seconds"], "qint8, calibrated")
     static = found["kl"]
-    for label, method, smooth in (
-        ("minmax", "minmax", False),
-        ("mse", "mse", False),
-        ("mse, smoothed", "mse", True),
-        ("auto", "auto", False),
-        ("auto, smoothed", "auto", True),
-        ("a scale per token", "", False),
-    ):
+    for label in arguments.methods:
+        method, smooth = METHODS[label]
         module, started = load_module(model), time.process_time()
         quantize(module, weights=qint8, activations=qint8, exclude=["lm_head", "*embed_tokens"])
         if method:
@@ -104,7 +110,7 @@ def main() -> None:
         row(f"Whit, {label}", "qint8", _scored(module, calls, reference), static, n_bytes(module), seconds, "qint8")
     found = _quanto(str(folder), str(tokens), "--weights", "qint4", "--windows", str(n))
     row("optimum-quanto", "qint4, groups of 128 (96)", found["kl"], 1, found["bytes_after"], found["seconds"])
-    for weights in (qint4, grouped(qint4, 32), type_named("int4-g64"), type_named("nf4-g64"), type_named("codebook4")):
+    for weights in map(type_named, arguments.weights):
         for how in ("nearest", "feedback"):
             module, started = load_module(model), time.process_time()
             quantize(module, weights, exclude=["lm_head", "*embed_tokens"], method=how, calibration=read)
