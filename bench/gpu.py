@@ -103,7 +103,8 @@ def _own(tool: str, name: str, out: Path) -> str:
     if tool not in TOOLS:
         return ""
     tokens = WORK / f"{name}.reported.safetensors"
-    command = [python_of(tool), SCRIPTS / "evaluate.py", out, tokens, "--windows", str(OWN)]
+    reader = "gptqmodel" if tool == "autoround" else tool  # it writes that format and brings no reader of its own
+    command = [python_of(reader), SCRIPTS / "evaluate.py", out, tokens, "--windows", str(OWN)]
     lines = [line for line in run(*command).output.splitlines() if line.startswith('{"nll"')]
     return f"{math.exp(json.loads(lines[-1])['nll']):.4f} / "
 
