@@ -69,6 +69,7 @@ def main() -> None:
     name = Path(arguments.model).name
     model = open_model(arguments.model)
     folder, tokens = WORK / f"{name}-f32", WORK / f"{name}.tokens.safetensors"
+    WORK.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
         convert(model, "f32", folder, requantize=False)
     tokenizer = load_tokenizer(model)
