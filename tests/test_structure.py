@@ -24,8 +24,8 @@ LAYERS = {
     "evaluation": 6,
     "pipeline": 7,
     "live": 8, "runtime": 8,
-    "quanto": 9,
-    "cli": 9,
+    "quanto": 9, "tune": 9,
+    "cli": 10,
 }  # fmt: skip
 
 
@@ -92,10 +92,11 @@ def test_only_the_command_line_prints(path: Path) -> None:
 
 def test_the_public_names_are_these() -> None:
     assert set(whit.__all__) == {
-        "GRIDS", "Calibrated", "Comparison", "Model", "QuantizedCache", "QuantizedTensor", "Recipe", "Rule",
-        "WhitError",
+        "GRIDS", "Calibrated", "Comparison", "Model", "QuantizedCache", "QuantizedTensor", "QuantizedTraining",
+        "Recipe", "Rule", "Tuning", "WhitError",
         "calibrate", "compare", "freeze", "generate", "grouped", "load", "mxfp4", "nearest", "nf4", "open_model",
-        "qfloat8", "qint2", "qint3", "qint4", "qint8", "quantize", "recipe_named", "save", "search", "write_gguf",
+        "qfloat8", "qint2", "qint3", "qint4", "qint8", "quantize", "recipe_named", "save", "search", "train",
+        "write_gguf",
     }  # fmt: skip
     assert all(getattr(whit, name) is not None for name in whit.__all__)
 

@@ -25,8 +25,10 @@ _HOMES = {
     "Model": "whit.models.model",
     "QuantizedCache": "whit.live.cache",
     "QuantizedTensor": "whit.grids.quantized",
+    "QuantizedTraining": "whit.tune.trainer",
     "Recipe": "whit.recipes.recipe",
     "Rule": "whit.recipes.recipe",
+    "Tuning": "whit.tune.train",
     "WhitError": "whit.errors",
     "calibrate": "whit.live.calibrate",
     "compare": "whit.evaluation.compare",
@@ -47,6 +49,7 @@ _HOMES = {
     "recipe_named": "whit.recipes.named",
     "save": "whit.live.save",
     "search": "whit.rounding.nearest",
+    "train": "whit.tune.train",
     "write_gguf": "whit.pipeline.quantize",
 }
 

@@ -28,6 +28,7 @@ VERBS = {
     "plan": ("whit.cli.plan", "Predict what a model loses at every size."),
     "frontier": ("whit.cli.frontier", "Write and measure files of several sizes."),
     "distil": ("whit.cli.distil", "Improve the scales and norms of a quantized file."),
+    "tune": ("whit.cli.tune", "Train a quantized file further, with quantization in the loop."),
     "convert": ("whit.cli.convert", "Write another file format, exactly where grids agree."),
     "lint": ("whit.cli.lint", "Say which runtimes load a file, and what stops the others."),
     "imatrix": ("whit.cli.imatrix", "Write the importance matrix of a model."),

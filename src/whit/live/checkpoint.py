@@ -50,7 +50,11 @@ def live_checkpoint(path: str | Path, dtype: torch.dtype) -> nn.Module:
     dtype  of what is not quantized
     Raises ModelError as `open_model` does, and for files whose parts are on different grids.
     """
-    model = open_model(path)
+    return live_model(open_model(path), dtype)
+
+
+def live_model(model: Model, dtype: torch.dtype) -> nn.Module:
+    """As `live_checkpoint`, of a model that is open."""
     module, codes = empty_model(model), _Codes(model)
     originals = list(module.parameters())  # `names` knows them by identity, which lasts as long as they do
     names, schemes = _names(module, codes), input_schemes(model)
@@ -61,7 +65,7 @@ def live_checkpoint(path: str | Path, dtype: torch.dtype) -> nn.Module:
         if twin is None:
             continue
         made[id(layer)] = twin
-        for key, each in _matrices(name, twin):
+        for key, each in matrices_of(name, twin):
             home = names.get(id(each._parameters["weight"]), key[0])
             ties.freeze(each, lambda home=home, key=key: Frozen.of(codes.of(home, key[1])))  # type: ignore[misc]
             scheme = schemes.get(codes.layer(*key))
@@ -71,7 +75,7 @@ def live_checkpoint(path: str | Path, dtype: torch.dtype) -> nn.Module:
     filled: dict[int, nn.Parameter] = {}  # by the identity of originals, which are still there
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if id(parameter) not in filled:
-            home = names.get(id(parameter), _without_inner(name))
+            home = names.get(id(parameter), without_inner(name))
             values = codes.links.read(home, tuple(parameter.shape)).to(dtype)
             filled[id(parameter)] = nn.Parameter(values, requires_grad=False)
         parent, _, own = name.rpartition(".")
@@ -157,7 +161,7 @@ def _twin(name: str, layer: nn.Module, codes: _Codes, names: Mapping[int, str]) 
     return None if isinstance(found, str) else found[0]
 
 
-def _matrices(name: str, twin: nn.Module) -> list[tuple[tuple[str, int], Twin]]:
+def matrices_of(name: str, twin: nn.Module) -> list[tuple[tuple[str, int], Twin]]:
     """Which matrix of which parameter every twin in a replaced module has."""
     if isinstance(twin, QExperts):
         return [
@@ -169,6 +173,6 @@ def _matrices(name: str, twin: nn.Module) -> list[tuple[tuple[str, int], Twin]]:
     return [((f"{name}.weight", 0), each) for each in [twin] if isinstance(each, Twin)]
 
 
-def _without_inner(name: str) -> str:
+def without_inner(name: str) -> str:
     """The name that a parameter of an expert block had before the block was wrapped."""
     return name.replace(".inner.", ".")

@@ -101,6 +101,11 @@ class QEmbedding(Twin):
         self.register_buffer("like", torch.empty(0, dtype=parameter.dtype))
         super().become(frozen)
 
+    def thaw(self, parameter: nn.Parameter) -> None:
+        """A parameter again."""
+        super().thaw(parameter)
+        del self._buffers["like"]
+
     def extra_repr(self) -> str:
         """As nn.Embedding, and the grid."""
         return f"{self.num_embeddings}, {self.embedding_dim}, weights={grid_name(self.grid)}"

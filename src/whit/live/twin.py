@@ -22,6 +22,7 @@ from whit.grids.grid import Grid, Params
 from whit.grids.quantized import QuantizedTensor
 from whit.kernels.matmul import dequantize, linear, linear_int8
 from whit.live.inputs import Inputs
+from whit.live.learner import Learner
 from whit.live.stored import Frozen, Stored
 from whit.rounding.nearest import nearest
 
@@ -67,6 +68,8 @@ class Twin(nn.Module):
     inputs  how what arrives is quantized, None for not at all
     frozen  the codes, None before
     active  whether the matrix is seen rounded
+    learner  what is trained in the place of the parameter, None for the parameter itself
+    lent    a decoded matrix that is multiplied with, whatever else is there, while a training loop says so
     """
 
     turned = False  # whether the parameter is [in, out]
@@ -79,6 +82,8 @@ class Twin(nn.Module):
         self.inputs = None if inputs is None else Inputs(inputs)
         self.frozen: Frozen | None = None
         self.fixed: Stored | None = None
+        self.learner: Learner | None = None
+        self.lent: Tensor | None = None
         self._seen: tuple[Any, Tensor] | None = None
         self._chosen: tuple[Any, Tensor] | None = None
 
@@ -100,6 +105,8 @@ class Twin(nn.Module):
         """Codes and parameters of the matrix as it is now."""
         if self.frozen is not None:
             return self.frozen.quantized
+        if self.learner is not None:
+            return self.learner.quantized()
         W = self.matrix.detach().float().contiguous()
         if self.fixed is None:
             try:
@@ -116,9 +123,13 @@ class Twin(nn.Module):
 
     def seen(self) -> Tensor:
         """[rows, cols], what is multiplied with before freezing, in the parameter's dtype; differentiable."""
+        if self.lent is not None:
+            return self.lent
         W = self.matrix
         if not self.active:
             return W
+        if self.learner is not None:
+            return cast(Tensor, self.learner()).to(W.dtype)
         scales = [] if self.fixed is None else list(self.fixed.tensors.values())
         trained = torch.is_grad_enabled() and (W.requires_grad or any(each.requires_grad for each in scales))
         if trained:
@@ -146,7 +157,12 @@ class Twin(nn.Module):
         return self._chosen[1] if self._chosen is not None and self._chosen[0] == self._key() else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None, "_chosen": self._kept()}  # keys hold for this very parameter alone
+        return {
+            **self.__dict__,
+            "_seen": None,
+            "lent": None,
+            "_chosen": self._kept(),
+        }  # keys hold for this very parameter alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -175,10 +191,16 @@ class Twin(nn.Module):
         """The parameter has been changed from outside: nothing that was chosen for it holds."""
         self._seen, self._chosen, self.fixed = None, None, None
 
+    def thaw(self, parameter: nn.Parameter) -> None:
+        """A parameter in the place of the codes, which have been taken out before: [rows, cols], or turned."""
+        self.frozen, self.fixed = None, None
+        self._parameters["weight"] = parameter
+
     def become(self, frozen: Frozen) -> None:
         """Only these codes are left."""
         self._parameters.pop("weight", None)
         self.frozen, self.fixed, self._seen, self._chosen = frozen, None, None, None
+        self.learner, self.lent = None, None
 
 
 class Ties:

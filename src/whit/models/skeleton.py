@@ -142,7 +142,7 @@ def split(module: nn.Module) -> Halves:
     with torch.inference_mode():
         expected = module(input_ids=probe, use_cache=False).logits[0]  # [tokens, vocab]
         output = type(decoder(input_ids=probe, use_cache=False))
-    module.set_submodule(path, _PassThrough(output))
+    module.set_submodule(path, PassThrough(output))
 
     def body(ids: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -158,7 +158,7 @@ def split(module: nn.Module) -> Halves:
     return Halves(body, head, expected.shape[1], getattr(config, "max_position_embeddings", None))
 
 
-class _PassThrough(nn.Module):
+class PassThrough(nn.Module):
     """Stands where the decoder stood and returns the hidden states that it is given as embeddings."""
 
     def __init__(self, output: type[ModelOutput]) -> None:
@@ -166,6 +166,7 @@ class _PassThrough(nn.Module):
         self._output = output  # the decoder's own, because some models look at fields that others lack
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> ModelOutput:
+        """What it is given, as the decoder would return it."""
         return self._output(last_hidden_state=inputs_embeds)
 
 

@@ -16,7 +16,7 @@ Source: docs/budget.md; the loss as in arXiv 2502.04420 and mlx-lm's DWQ.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
@@ -26,24 +26,16 @@ from torch import Tensor
 
 from whit.allocator import return_memory
 from whit.checkpoints.atomic import check_folder, whole_file
-from whit.checkpoints.gguf import GGUFFile
 from whit.errors import ModelError
 from whit.evaluation.divergence import mean_and_error
-from whit.grids.quantized import QuantizedTensor
-from whit.layouts.ggml import GGML_TYPES
-from whit.models.activations import input_schemes
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.stream import BlockStream, Weights, pieces
-from whit.pipeline.convert import same_recipe
-from whit.pipeline.folder import FolderJob
-from whit.pipeline.plain import plain_pieces
-from whit.pipeline.plan import Piece, Plan, Rounded, Step
 from whit.pipeline.quantize import model_view
-from whit.pipeline.stored import Stored, split_rows, stored_of
+from whit.pipeline.rewrite import check_pair, folder_job, rewrite_folder, rewrite_gguf
+from whit.pipeline.stored import stored_of
 from whit.pipeline.student import Student
 from whit.products import has_bfloat16
-from whit.rounding.nearest import nearest
 
 Progress = Callable[[int, int, str], None]
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -108,7 +100,7 @@ def distil_gguf(
     with whole_file(path, candidate.gguf_tensors.n_bytes, overwrite) as file:
         run = _Run(original, candidate, train, held_out, training or Training(), tell)
         found = run.train()
-        candidate.gguf_tensors.with_changes(file, _packed(candidate.gguf_tensors, run.student) if found.steps else ())
+        rewrite_gguf(candidate.gguf_tensors, file, run.student if found.steps else None)
     return found
 
 
@@ -128,55 +120,13 @@ def distil_folder(
     """
     check_pair(original, candidate)
     stored = stored_of(candidate)
-    floats = {candidate.tensors.info(name).dtype for name in candidate.tensors.names()}
-    dtype = torch.float32 if "F32" in floats and not floats & {"F16", "BF16"} else None
-    job = FolderJob(candidate, same_recipe(candidate, stored), dtype)
+    job = folder_job(candidate, stored)
     check_folder(path, job.n_bytes, overwrite)
     tell = progress or (lambda done, total, what: None)
     run = _Run(original, candidate, train, held_out, training or Training(), tell)
     found = run.train()
-    job.write(path, overwrite, tensors=_pieces(job.plan, stored, run.student if found.steps else None))
+    rewrite_folder(job, stored, path, overwrite, run.student if found.steps else None)
     return found
-
-
-def _packed(file: GGUFFile, student: Student) -> Iterator[tuple[str, Tensor]]:
-    """Names and flat bytes of what moved."""
-    for name in student.moving():
-        moved, kind = student.moved(name), GGML_TYPES[file.info(name).dtype]
-        yield name, kind.pack(nearest(moved[None], kind.grid) if isinstance(moved, Tensor) else moved)
-
-
-def _pieces(plan: Plan, stored: Stored, student: Student | None) -> Iterator[Rounded]:
-    for step in plan.steps:
-        yield step, _of_step(step, stored, student)
-
-
-def _of_step(step: Step, stored: Stored, student: Student | None) -> Iterator[Piece]:
-    name = step.tensor.name
-    moved = student.moved(name) if student is not None and student.moves(name) else None
-    if isinstance(moved, QuantizedTensor):
-        yield from split_rows(moved, step.tensor.shape[0] if len(step.tensor.shape) == 3 else 1)
-    elif isinstance(moved, Tensor):
-        yield nearest(moved[None], step.grid)
-    elif (matrices := stored.matrices(name)) is not None:
-        yield from matrices
-    else:
-        yield from plain_pieces(step)
-
-
-def check_pair(original: Model, candidate: Model) -> None:
-    """Raise ModelError, from headers alone, when `candidate` is no GGUF file or not of `original`."""
-    if candidate.gguf_tensors is None and not candidate.quantization:
-        raise ModelError(f"{candidate.label}: only the scales of a quantized file or folder can be distilled.")
-    if input_schemes(candidate):
-        raise ModelError(f"{candidate.label}: its activations are quantized too, which distillation does not follow.")
-    theirs = {tensor.name: tensor.shape for tensor in model_view(original).tensors}
-    for tensor in model_view(candidate).tensors:
-        if theirs.get(tensor.name) != tensor.shape:
-            raise ModelError(
-                f"{candidate.label} is not of {original.label}: {tensor.name} is {list(tensor.shape)} in one and "
-                f"{list(theirs.get(tensor.name, ())) or 'missing'} in the other."
-            )
 
 
 class _Run:

@@ -50,6 +50,7 @@ class FolderJob:
     """What a run writes; made from headers alone.
 
     plan     what every matrix becomes
+    dtype    of what stays in float
     n_bytes  of the weight files, exactly
     """
 
@@ -60,12 +61,12 @@ class FolderJob:
         self._model, self._form, self._recipe = model, FOLDERS[recipe.layout], recipe
         self._view = model_view(model)
         self._links = Links(self._view)
-        self._dtype = dtype or _dtype(model)
+        self.dtype = dtype or _dtype(model)
         self._fixed = recipe.activations in FIXED
         self._homes: dict[str, list[str]] = {}  # GGUF tensor -> weights in the folder
         for name in self._links.disk_names():
             self._homes.setdefault(self._links.source(name)[0], []).append(name)
-        self.plan = FolderPlanner(self._view, self._form, recipe, self._dtype, self._lies).plan()
+        self.plan = FolderPlanner(self._view, self._form, recipe, self.dtype, self._lies).plan()
         self._steps = {step.tensor.name: step for step in self.plan.steps}
         self._zero_points = any(has_zero_points(step.grid) for step in self.plan.steps)
         specs: dict[str, Spec] = {}
@@ -120,7 +121,7 @@ class FolderJob:
         """What a weight of the folder is stored as."""
         step, shape = self._steps[self._links.source(name)[0]], self._links.disk_shape(name)
         if isinstance(step.grid, Float):
-            return {name: Spec(shape, self._dtype)}
+            return {name: Spec(shape, self.dtype)}
         matrix = (shape[1], shape[0]) if self._links.lies(name) else (shape[0], shape[1])
         layout, layer = self._form.layout(step.grid, bool(self._recipe.activations)), name.removesuffix(WEIGHT)
         refused = layout.refuses(step.grid, matrix)
@@ -147,9 +148,9 @@ class FolderJob:
     def _write_floats(self, step: Step, W: Tensor) -> None:
         self._links.replace(step.tensor.name, W.view(step.tensor.shape))
         for name in self._homes.get(step.tensor.name, ()):
-            values = self._links.disk_read(name).to(self._dtype)
+            values = self._links.disk_read(name).to(self.dtype)
             if not torch.isfinite(values).all():
-                raise BadWeightsError(f"{name}: a value does not fit {FLOATS[self._dtype]}.")
+                raise BadWeightsError(f"{name}: a value does not fit {FLOATS[self.dtype]}.")
             self._shards.write(name, values)
         self._links.restore()
 
@@ -165,7 +166,7 @@ class FolderJob:
         heads = tuple(dict.fromkeys((head_name(self._model.config).removesuffix(WEIGHT), MODULE)))
         said = Said(grids, floats, heads, self._recipe.activations)
         config = {key: value for key, value in self._model.config.items() if key not in ("torch_dtype", "dtype")}
-        config |= {"dtype": DTYPES[self._dtype]}
+        config |= {"dtype": DTYPES[self.dtype]}
         if grids:
             config[CONFIG] = self._form.config(said)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -92,7 +92,7 @@ class _Folder:
             _, expert = self._links.source(home)
             rows, factor = self._links.disk_rows(home)
             experts.setdefault(expert, []).append((rows, factor, source.quantized(home)))
-        return [_gathered(experts[expert]) for expert in sorted(experts)]
+        return [gathered(experts[expert]) for expert in sorted(experts)]
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].read()
@@ -121,7 +121,7 @@ def split_rows(whole: QuantizedTensor, n: int) -> list[QuantizedTensor]:
     return parts
 
 
-def _gathered(pieces: Iterable[tuple[Tensor, Tensor, QuantizedTensor]]) -> QuantizedTensor:
+def gathered(pieces: Iterable[tuple[Tensor, Tensor, QuantizedTensor]]) -> QuantizedTensor:
     """One matrix of pieces that know which of its rows they are. Raises RecipeError when their grids differ."""
     pieces = list(pieces)
     first = pieces[0][2]

@@ -1,0 +1,179 @@
+"""A quantized matrix that learns: its codes follow float offsets, its scales follow relative changes.
+
+    codes   = round((start + offset * step) on the start's own scales)
+    scale   = stored(start scale * (1 + change))
+    matrix  = decode(codes, scales)
+
+With a rank, offsets are a product of two narrow matrices, offset = B A: fewer numbers move.
+
+What is multiplied with is always what a file would hold, so that writing it changes nothing. Offsets are counted in
+steps of the grid (the range of a span over its number of levels): a rate of learning then means the same for every
+matrix at every number of bits. Codes do not depend on what scales have learned, and a scale's gradient at given codes
+is exact:
+
+    dL/dchange = sum over the span of dL/dW * basis * start scale
+    dL/doffset = dL/dW * step                                         straight through the rounding
+
+Source: arXiv 1308.3432 (straight-through); arXiv 2407.11062 (EfficientQAT) for steps trained at given codes;
+arXiv 2106.09685 (LoRA).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from whit.grids.grid import Adaptive, Params
+from whit.grids.quantized import QuantizedTensor
+from whit.live.stored import Stored
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FARTHEST = 0.25  # |change| of a scale
+INSIDE = 0.49  # steps; how far from its level a weight may start
+
+
+class _Learned(torch.autograd.Function):
+    """The decoded matrix forward; gradients of offsets and changes backward."""
+
+    @staticmethod
+    def forward(ctx: Any, learner: Learner, *moving: Tensor) -> Tensor:
+        quantized = learner.quantized()
+        ctx.learner, ctx.grid, ctx.shape, ctx.names = learner, quantized.grid, quantized.shape, tuple(quantized.params)
+        ctx.save_for_backward(quantized.codes, *quantized.params.values())
+        return quantized.dequantize()
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
+        codes, *params = ctx.saved_tensors
+        quantized = QuantizedTensor(ctx.grid, ctx.shape, codes, dict(zip(ctx.names, params, strict=True)))
+        return None, *ctx.learner.gradients(G, quantized)
+
+
+class Learner(nn.Module):
+    """What moves in one matrix.
+
+    offset   [rows, cols] float32 in steps, None where codes stay or it has a rank
+    A, B     [rank, cols], [rows, rank]
+    changes  name of a float parameter of the grid -> its relative change, of its shape, float32
+    """
+
+    def __init__(
+        self,
+        start: QuantizedTensor,
+        codes: bool,
+        scales: bool,
+        original: Tensor | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """From a quantized matrix.
+
+        codes, scales  whether they move
+        original       [rows, cols] what was rounded: weights start where they were within the reach of their level
+        rank, seed     of offsets that are a product
+        """
+        super().__init__()
+        self.grid, self.shape = start.grid, start.shape
+        self.stored = Stored(dict(start.params))
+        self.register_buffer("codes", start.codes, persistent=False)
+        self.offset: nn.Parameter | None = None
+        self.A: nn.Parameter | None = None
+        self.B: nn.Parameter | None = None
+        if codes and rank is not None:
+            self.register_buffer("step", step_of(start.dequantize(), start), persistent=False)
+            (rows, cols), device = start.shape, start.codes.device
+            generator = torch.Generator().manual_seed(seed)
+            self.A = nn.Parameter((torch.randn(rank, cols, generator=generator) / rank**0.5).to(device))
+            self.B = nn.Parameter(torch.zeros(rows, rank, device=device))
+        elif codes:
+            W = start.dequantize()
+            self.register_buffer("step", step_of(W, start), persistent=False)
+            offset = torch.zeros(start.shape, device=W.device)
+            if original is not None:
+                reach = self.step[..., None]
+                distance = self._spans(original - W) / reach.clamp(min=torch.finfo(torch.float32).tiny)
+                offset = torch.where(reach > 0, distance, 0).clamp_(-INSIDE, INSIDE).view(start.shape)
+                stays = start.grid.round(W + self._steps(offset), start.params) == start.codes
+                offset *= stays.repeat_interleave(start.grid.step, 1)  # levels of a table may be nearer to each other
+            self.offset = nn.Parameter(offset)
+        moving = list(start.params) if scales and hasattr(start.grid, "bases") else []
+        self.changes = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.zeros(start.params[name].shape, device=start.codes.device))
+                for name in moving
+                if start.params[name].dtype in FLOATS
+            }
+        )
+
+    codes: Tensor
+    step: Tensor
+
+    def moving(self) -> list[nn.Parameter]:
+        """The offset or its factors, then the changes; what is there."""
+        return [*(each for each in (self.offset, self.A, self.B) if each is not None), *self.changes.values()]
+
+    def quantized(self) -> QuantizedTensor:
+        """The matrix as a file would hold it now."""
+        with torch.no_grad(), torch.autocast(self.codes.device.type, enabled=False):
+            codes, start = self.codes, self.stored.tensors
+            offset = self.offset if self.A is None or self.B is None else self.B @ self.A
+            if offset is not None:
+                W = self.grid.decode(self.codes, start)
+                codes = self.grid.round(W.add_(self._steps(offset)), start)
+            params: Params = {
+                name: value if name not in self.changes else self._changed(name, value) for name, value in start.items()
+            }
+        return QuantizedTensor(self.grid, self.shape, codes, params)
+
+    def forward(self) -> Tensor:
+        """The decoded matrix [rows, cols] float32, differentiable by what moves."""
+        return cast(Tensor, _Learned.apply(self, *self.moving()))
+
+    def gradients(self, G: Tensor, quantized: QuantizedTensor) -> list[Tensor]:
+        """Gradients of `moving()`.
+
+        G  [rows, cols] float32, dL/d decoded matrix
+        quantized  what `quantized` returned when it was decoded
+        """
+        found = [] if self.offset is None else [self._steps(G)]
+        if self.A is not None and self.B is not None:
+            by_offset = self._steps(G)
+            with torch.autocast(self.codes.device.type, enabled=False):
+                found = [self.B.T @ by_offset, by_offset @ self.A.T]
+        if not self.changes:
+            return found
+        bases = cast(Adaptive, self.grid).bases(quantized.codes, quantized.params)
+        for name in self.changes:
+            start = self.stored.tensors[name].float()
+            if start.shape == (1, 1):
+                sums = (G * bases[name]).sum().view(1, 1)
+            else:
+                sums = (G * bases[name]).view(*start.shape, -1).sum(-1)
+            found.append(sums * start)
+        return found
+
+    def _changed(self, name: str, start: Tensor) -> Tensor:
+        change = self.changes[name].clamp(-FARTHEST, FARTHEST)
+        limit = torch.finfo(start.dtype).max
+        return (start.float() * (1 + change)).clamp(-limit, limit).to(start.dtype)
+
+    def _spans(self, x: Tensor) -> Tensor:
+        """[rows, cols] -> [rows, innermost spans, columns of a span]."""
+        return x.reshape(*self.step.shape, -1)
+
+    def _steps(self, x: Tensor) -> Tensor:
+        """x [rows, cols] times the step of every weight."""
+        return (self._spans(x) * self.step[..., None]).view(self.shape)
+
+
+def step_of(W: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """[rows, spans] float32: the range of each innermost span over the number of its levels.
+
+    W  [rows, cols] the matrix decoded
+    """
+    rows, cols = quantized.shape
+    spans = W.view(rows, -1, quantized.grid.spans(cols)[-1])
+    n_levels = 2.0 ** int(quantized.grid.bits_per_weight(cols))
+    return (spans.amax(-1) - spans.amin(-1)) / (n_levels - 1)

@@ -1,0 +1,85 @@
+"""What moves in a model that is trained, and how to put it back.
+
+    scales   scales and minima of every quantized matrix, norms and biases; codes stay
+    lora     these, and codes by way of offsets of low rank
+    full     these, and every code by its own offset
+
+Matrices that the model has in float stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from whit.errors import ModelError, RecipeError
+from whit.grids.grid import Grid
+from whit.live.learner import Learner
+from whit.live.quantize import twins_of
+from whit.live.twin import Twin
+
+SCALES, LORA, FULL = "scales", "lora", "full"
+KINDS = (SCALES, LORA, FULL)
+RANK = 16
+
+
+def learn(model: nn.Module, train: str = FULL, rank: int = RANK, seed: int = 0) -> list[Learner]:
+    """Let a quantized model learn, in place, whether it is frozen or not; what it computes does not change.
+
+    train  one of KINDS
+    rank   of the offsets, for "lora"
+    Everything that does not move has requires_grad off afterwards. Returns what learns, tied matrices once.
+    Raises RecipeError for another kind, ModelError when nothing is quantized or something learns already.
+    """
+    if train not in KINDS:
+        raise RecipeError(f"There is no way of training called {train!r}. Known: {', '.join(KINDS)}.")
+    twins = list(twins_of(model))
+    if not twins:
+        raise ModelError("Nothing in this model is quantized: quantize(model, ...) first.")
+    if any(each.learner is not None for each in twins):
+        raise ModelError("This model learns already: settle(model) first.")
+    model.requires_grad_(False)
+    made: dict[tuple[int, Grid], Learner] = {}
+    thawed: dict[int, nn.Parameter] = {}
+    held = [twin.frozen if twin.frozen is not None else twin._parameters["weight"] for twin in twins]
+    for twin, home in zip(twins, held, strict=True):  # `held` keeps alive what identities are taken of
+        key = id(home), twin.grid
+        if key not in made:
+            chosen = twin.frozen is not None or twin.fixed is not None
+            original = None if chosen else twin.matrix.detach().float()
+            made[key] = Learner(
+                twin.quantized(), train != SCALES, True, original, rank if train == LORA else None, seed
+            )
+        if twin.frozen is not None:
+            if id(home) not in thawed:
+                thawed[id(home)] = nn.Parameter(twin.weight.contiguous(), requires_grad=False)
+            twin.thaw(thawed[id(home)])
+        twin.learner = made[key]
+    for vector in vectors_of(model).values():
+        vector.requires_grad_(True)
+    return list(made.values())
+
+
+def settle(model: nn.Module) -> None:
+    """What has been learned becomes the model's codes and scales; nothing learns any more. `freeze` comes next."""
+    settled: list[tuple[Learner, Twin]] = []
+    for twin in twins_of(model):
+        learner, twin.learner, twin.lent = twin.learner, None, None
+        if learner is None:
+            continue
+        first = next((other for one, other in settled if one is learner), None)
+        if first is None:
+            twin.fix(learner.quantized())
+            settled.append((learner, twin))
+        else:
+            twin.fix_as(first)
+    model.requires_grad_(False)
+
+
+def vectors_of(model: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Norms and biases by name, shared ones once."""
+    found = {name: each for name, each in model.named_parameters() if each.dim() == 1}
+    learners = [each.learner for each in twins_of(model) if each.learner is not None]
+    own = {id(each) for learner in learners for each in learner.parameters()}
+    return {name: each for name, each in found.items() if id(each) not in own}

@@ -1,0 +1,97 @@
+"""Training a live model that has been quantized in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import random_tokens, save_tiny
+from whit.errors import ModelError, RecipeError, TextError
+from whit.live.quantize import freeze, quantize, twins_of
+from whit.live.types import qint2, qint4
+from whit.models.open import open_model
+from whit.models.skeleton import load_module
+from whit.tune.moving import learn, settle
+from whit.tune.train import Tuning, train
+
+WINDOWS = torch.tensor([random_tokens(32, seed) for seed in range(160)])
+QUICK = Tuning(steps=60, batch=16, at_once=16, rate=0.01, scale_rate=0.003, vector_rate=0.003)
+
+
+def pair(kind: str, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+    save_tiny(kind, folder / "model")
+    return load_module(open_model(folder / "model")), load_module(open_model(folder / "model"))
+
+
+@pytest.mark.parametrize("kind", ["llama-tied-biased", "gpt2", "mixtral"])
+def test_it_follows_the_teacher_and_freezes_to_what_it_saw(kind: str, tmp_path: Path) -> None:
+    model, teacher = pair(kind, tmp_path)
+    quantize(model, weights=qint4)
+    said: list[str] = []
+    found = train(model, WINDOWS, teacher, tuning=QUICK, progress=lambda done, total, what: said.append(what))
+    assert 0 < found.after < found.before
+    assert found.moved > 0
+    assert any("loss" in what for what in said)
+    with torch.no_grad():
+        seen = model(WINDOWS[:2]).logits
+        freeze(model)
+        assert torch.allclose(model(WINDOWS[:2]).logits, seen, rtol=1e-3, atol=1e-4)
+
+
+def test_a_frozen_model_can_be_trained_again(tmp_path: Path) -> None:
+    model, teacher = pair("llama-tied-biased", tmp_path)
+    quantize(model, weights=qint2)
+    with torch.no_grad():
+        before = model(WINDOWS[:2]).logits
+        freeze(model)
+        learners = learn(model, "full")
+        assert torch.allclose(model(WINDOWS[:2]).logits, before, rtol=1e-3, atol=1e-4)
+        settle(model)
+        assert torch.allclose(model(WINDOWS[:2]).logits, before, rtol=1e-3, atol=1e-4)
+    twins = list(twins_of(model))
+    assert len(learners) < len(twins)  # the head is tied to the embedding
+    found = train(model, WINDOWS, teacher, tuning=QUICK)
+    assert found.after < found.before
+    freeze(model)
+
+
+def test_checkpoints_change_nothing_but_memory(tmp_path: Path) -> None:
+    results = []
+    for checkpoints in (False, True):
+        model, teacher = pair("llama", tmp_path / str(checkpoints))
+        quantize(model, weights=qint4)
+        tuning = Tuning(steps=6, batch=4, at_once=4, checkpoints=checkpoints)
+        train(model, WINDOWS, teacher, tuning=tuning)
+        assert not model.training
+        results.append([each.quantized().dequantize() for each in twins_of(model)])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_the_same_seed_gives_the_same_codes(tmp_path: Path) -> None:
+    results = []
+    for n, seed in enumerate((0, 0, 1)):
+        model, teacher = pair("llama", tmp_path / str(n))
+        quantize(model, weights=qint4)
+        train(model, WINDOWS, teacher, tuning=Tuning(steps=8, batch=4, scale_rate=0.01, seed=seed))
+        results.append(torch.cat([each.quantized().dequantize().flatten() for each in twins_of(model)]))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    model, teacher = pair("llama", tmp_path)
+    with pytest.raises(ModelError, match="quantize"):
+        train(model, WINDOWS, teacher)
+    quantize(model, weights=qint4)
+    with pytest.raises(RecipeError, match="Known: scales"):
+        train(model, WINDOWS, teacher, tuning=Tuning(train="everything"))
+    with pytest.raises(TextError, match="too few"):
+        train(model, WINDOWS[:3], teacher)
+    with pytest.raises(RecipeError, match="at least one step"):
+        Tuning(steps=0)
+    learn(model)
+    with pytest.raises(ModelError, match="already"):
+        train(model, WINDOWS, teacher)
