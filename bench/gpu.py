@@ -37,7 +37,9 @@ TOOLS = {
     "autoround": ("ar-peer", ("auto-round==0.16.1",), "autoround.py"),
 }
 FASTER = ("llm-compressor-in-bfloat16", "gptqmodel-in-bfloat16")  # on processors with units for it
-WHIT = ("fast-8", "fast", "balanced")  # presets on all windows; `fast` reads 8 when nothing is said
+# Presets on all windows; `fast` reads 8 when nothing is said. TRAINED is trained further on the same windows.
+WHIT = ("fast-8", "fast", "balanced")
+TRAINED = "balanced, trained"
 REPORTED, OWN = 24, 4  # windows; some are also read by each tool itself
 
 
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--iters", type=int, default=200, help="of AutoRound")
-    parser.add_argument("--tools", nargs="*", default=[*TOOLS, *FASTER, *WHIT])
+    parser.add_argument("--tools", nargs="*", default=[*TOOLS, *FASTER, *WHIT, TRAINED])
     arguments = parser.parse_args()
     name = Path(arguments.model).name
     model = open_model(arguments.model)
@@ -84,7 +86,7 @@ def main() -> None:
     print("| tool | KL | same top | perplexity (original) | CPU seconds | wall | peak MB | MB of layers | own reader |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for tool in arguments.tools:
-        out = WORK / f"gpu-{name}-{arguments.bits}-{arguments.group}-{tool}"
+        out = _out(name, tool, arguments)
         cost = _cost(tool, folder, tokens, out, arguments)
         found = compare_states(final_states(open_model(out), ids), reference, ids)
         few = compare_states(final_states(open_model(out), ids[:OWN]), reference_of_few, ids[:OWN])
@@ -96,6 +98,10 @@ def main() -> None:
             f"{cost['peak_mb']:.0f} | {layers / 1e6:.2f} | {_own(tool, name, out)}{few.perplexity:.4f} |",
             flush=True,
         )
+
+
+def _out(name: str, tool: str, arguments: argparse.Namespace) -> Path:
+    return WORK / f"gpu-{name}-{arguments.bits}-{arguments.group}-{tool.replace(', ', '-')}"
 
 
 def _own(tool: str, name: str, out: Path) -> str:
@@ -118,7 +124,13 @@ def _cost(tool: str, folder: Path, tokens: Path, out: Path, arguments: argparse.
         return found
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     tool, _, dtype = tool.partition("-in-")
-    if tool in WHIT:
+    if tool == TRAINED:
+        start = _out(folder.name.removesuffix("-f32"), "balanced", arguments)
+        made = _cost("balanced", folder, tokens, start, arguments)
+        done = run(sys.executable, "-m", "bench.tuned", str(start), str(folder), str(tokens), str(out), env=environment)
+        found = {"cpu_seconds": made["cpu_seconds"] + done.cpu_seconds}
+        found |= {"wall_seconds": made["wall_seconds"] + done.seconds}
+    elif tool in WHIT:
         command = [sys.executable, "-c", "import sys; from whit.cli.app import run; sys.exit(run(sys.argv[1:]))"]
         command += ["quantize", str(folder), "--recipe", f"gptq-{arguments.bits}bit-g{arguments.group}", "-o", str(out)]
         preset, _, few = tool.partition("-")

@@ -9,6 +9,7 @@ from torch.nn import functional
 from tiny import random_tokens, save_tiny
 from whit.models.open import open_model
 from whit.models.skeleton import load_module
+from whit.tune import halves as module_of_halves
 from whit.tune import losses as module
 from whit.tune.halves import Halves
 from whit.tune.losses import backward, losses
@@ -47,6 +48,7 @@ def test_they_are_torchs_own(
         each = functional.cross_entropy(flat, IDS[:, 1:].flatten(), reduction="none")
     expected = torch.autograd.grad(each.mean(), list(student.parameters()))
     follow = (lambda window, part: wanted[window, part]) if taught else None
+    monkeypatch.setattr(module_of_halves, "has_bfloat16", lambda: False)
     found = losses(halves, halves.hidden(IDS), [0, 1, 2], IDS, follow)
     assert torch.allclose(found.float(), each.detach(), rtol=1e-3, atol=1e-5)
     mean = backward(halves, halves.hidden(IDS), [0, 1, 2], IDS, follow, 0.5)

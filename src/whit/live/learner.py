@@ -30,6 +30,7 @@ from whit.grids.quantized import QuantizedTensor
 from whit.live.stored import Stored
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+PART = 2**18  # weights that are rounded at a time
 FARTHEST = 0.25  # |change| of a scale
 INSIDE = 0.49  # steps; how far from its level a weight may start
 
@@ -120,8 +121,7 @@ class Learner(nn.Module):
             codes, start = self.codes, self.stored.tensors
             offset = self.offset if self.A is None or self.B is None else self.B @ self.A
             if offset is not None:
-                W = self.grid.decode(self.codes, start)
-                codes = self.grid.round(W.add_(self._steps(offset)), start)
+                codes = torch.cat([self._rounded(rows, offset, start) for rows in self._parts()])
             params: Params = {
                 name: value if name not in self.changes else self._changed(name, value) for name, value in start.items()
             }
@@ -153,6 +153,20 @@ class Learner(nn.Module):
                 sums = (G * bases[name]).view(*start.shape, -1).sum(-1)
             found.append(sums * start)
         return found
+
+    def _parts(self) -> list[slice]:
+        """Rows in parts that fit the caches; all at once where they share something."""
+        rows, cols = self.shape
+        n = max(1, PART // cols) if self.grid.row_independent else rows
+        return [slice(at, min(at + n, rows)) for at in range(0, rows, n)]
+
+    def _rounded(self, rows: slice, offset: Tensor, start: Params) -> Tensor:
+        """Codes of some rows."""
+        params = {name: each[rows] if each.shape[0] == self.shape[0] else each for name, each in start.items()}
+        step = self.step[rows]
+        W = self.grid.decode(self.codes[rows], params)
+        moved = offset[rows].reshape(*step.shape, -1) * step[..., None]
+        return self.grid.round(W.add_(moved.view(W.shape)), params)
 
     def _changed(self, name: str, start: Tensor) -> Tensor:
         change = self.changes[name].clamp(-FARTHEST, FARTHEST)

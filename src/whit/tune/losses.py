@@ -63,12 +63,12 @@ def backward(
 
 def _measured(logits: Tensor, window: int, part: slice, ids: Tensor, teacher: Wanted | None) -> tuple[Tensor, Tensor]:
     """Of some tokens of one window: the loss [n], and the gradient [n, vocab] of its sum by the logits."""
-    log_q = logits.float().log_softmax(-1)
+    log_q = logits.log_softmax(-1, dtype=torch.float32)
     if teacher is None:
         following = ids[part.start + 1 : part.stop + 1, None]
         loss = -log_q.gather(1, following)[:, 0]
         return loss, log_q.exp_().scatter_add_(1, following, torch.full_like(loss, -1.0)[:, None])
-    log_p = teacher(window, part).float().log_softmax(-1)
+    log_p = teacher(window, part).log_softmax(-1, dtype=torch.float32)
     p = log_p.exp()
     loss = log_p.sub_(log_q).mul_(p).sum(-1)
     return loss, log_q.exp_().sub_(p)

@@ -29,8 +29,7 @@ from whit.evaluation.divergence import mean_and_error
 from whit.grids.quantized import QuantizedTensor
 from whit.live.learner import Learner
 from whit.live.quantize import twins_of
-from whit.products import has_bfloat16
-from whit.tune.halves import Halves
+from whit.tune.halves import Halves, fast
 from whit.tune.losses import Wanted, backward, losses
 from whit.tune.moving import FULL, RANK, learn, settle, vectors_of
 
@@ -144,7 +143,7 @@ class Teacher:
 
     def __call__(self, window: int, part: slice) -> Tensor:
         """Logits [n, vocab] of some tokens."""
-        with torch.no_grad():
+        with torch.no_grad(), fast(self._states[window].device):
             return self._halves.logits(self._states[window][part])
 
 
@@ -301,11 +300,6 @@ class Run:
             others += int((learner.quantized().codes != learner.codes).sum())
             total += learner.codes.numel()
         return others / max(1, total)
-
-
-def fast(device: torch.device) -> torch.autocast:
-    """bfloat16 products where there are units for them."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu" or has_bfloat16())
 
 
 class _Vector:

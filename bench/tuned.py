@@ -1,0 +1,40 @@
+"""`python -m bench.tuned START ORIGINAL TOKENS OUT`: train a quantized file on given windows, nothing else.
+
+TOKENS is a safetensors file with `tokens` [n, length]; some windows are kept apart to decide on, as the command does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from whit.cli.calibration import shared_out
+from whit.models.open import open_model
+from whit.tune.files import tune_file
+from whit.tune.train import Tuning
+
+
+def main() -> None:
+    """What came of it as JSON."""
+    parser = argparse.ArgumentParser()
+    for name in ("start", "original", "tokens", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--train", default="full")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=0.01)
+    arguments = parser.parse_args()
+    held_out, windows = shared_out(load_file(arguments.tokens)["tokens"])
+    tuning = Tuning(arguments.train, arguments.steps, arguments.batch, arguments.batch, arguments.rate)
+    original = open_model(arguments.original)
+    start, out = open_model(arguments.start), Path(arguments.out)
+    found = tune_file(start, out, windows, held_out, original, tuning, True, lambda *said: print(*said, flush=True))
+    print(json.dumps(asdict(found)))
+
+
+if __name__ == "__main__":
+    main()
