@@ -18,10 +18,10 @@ TOOLS = ("llama-quantize", "llama-perplexity", "llama-imatrix", "llama-bench")
 
 
 def llama_cpp(tool: str) -> Path:
-    """The path of one of TOOLS, built on first use (about ten minutes on two cores)."""
+    """The path of one of TOOLS, built on first use (the first takes about ten minutes on two cores)."""
     binary = WORK / "llama.cpp" / "build" / "bin" / tool
     if not binary.exists():
-        _build(_cmake(), _sources())
+        _build(_cmake(), _sources(), tool)
     return binary
 
 
@@ -48,10 +48,10 @@ def _sources() -> Path:
     return target
 
 
-def _build(cmake: Path, source: Path) -> None:
+def _build(cmake: Path, source: Path, tool: str) -> None:
     options = ("-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF")
     _run(cmake, "-S", source, "-B", source / "build", "-DLLAMA_BUILD_EXAMPLES=OFF", *options)
-    _run(cmake, "--build", source / "build", "-j2", "-t", *TOOLS)
+    _run(cmake, "--build", source / "build", "-j2", "-t", tool)
 
 
 def _run(*command: str | Path) -> None:
