@@ -17,6 +17,8 @@ from whit.cli.calibration import calibration_windows
 from whit.cli.progress import Report as Progress
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
+from whit.grids.floats import Float
+from whit.grids.named import grid_named
 from whit.memory import kv_cache_bytes, shape_from_config, working_bytes
 from whit.models.model import Model
 from whit.pipeline.allocate import Allocator, Damages
@@ -151,13 +153,22 @@ def read_damages(path: Path, allocator: Allocator) -> Damages:
     """The result of a sweep that was kept. Raises RecipeError when it does not belong to the allocator's model."""
     try:
         found: Any = json.loads(path.read_text())["nats_per_token"]
-        complete = all(set(grids) <= set(found[name]) for name, grids in allocator.candidates.items())
+        for name, grid in allocator.kept.items():  # its figure moves every prediction alike, and no choice
+            if isinstance(grid_named(grid), Float):
+                found.setdefault(name, {}).setdefault(grid, 0.0)
+        missing = [name for name, grid in allocator.kept.items() if grid not in found.get(name, {})]
+        complete = all(set(grids) <= set(found.get(name, {})) for name, grids in allocator.candidates.items())
         given = [each for grids in found.values() for each in grids.values()]
         numbers = all(type(each) in (int, float) and 0 <= each < math.inf for each in given)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        complete = numbers = False
+        complete, numbers, missing = False, False, []
+    if numbers and missing:
+        raise RecipeError(
+            f"{path}: does not say what {missing[0]} loses on {allocator.kept[missing[0]]}. Run `whit plan --save` "
+            "with the same --keep."
+        )
     if not (complete and numbers):
         raise RecipeError(f"{path}: not what `whit plan --save` writes for this model. Run it again.")
     return found

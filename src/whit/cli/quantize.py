@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from whit.checkpoints.atomic import check_folder, check_target, moved, whole_fil
 from whit.checkpoints.imatrix import read_imatrix
 from whit.cli.budget import best_file, file_bytes, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, shared_out
+from whit.cli.keep import KEEP_HELP, keeping, kept_lines
 from whit.cli.progress import progress_bar
 from whit.errors import OutputError, RecipeError
 from whit.models.model import Model
@@ -26,9 +27,10 @@ from whit.models.open import open_model
 from whit.pipeline.allocate import Allocator
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.folder import plan_model, write_model
+from whit.pipeline.keep import check_kept, family
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
 from whit.pipeline.quantize import Result
-from whit.pipeline.targets import GGUF, INTEGERS
+from whit.pipeline.targets import GGUF, LAYOUTS
 from whit.recipes.files import read_recipe, write_recipe
 from whit.recipes.folders import EXAMPLES, folder_recipe
 from whit.recipes.named import RECIPES, recipe_named
@@ -36,7 +38,6 @@ from whit.recipes.recipe import Recipe
 from whit.rounding.methods import METHODS, check_rounding
 from whit.rounding.nearest import ROUNDINGS
 
-LAYOUTS = (GGUF, *INTEGERS)
 N_WORST = 3  # tensors named after a run
 CALIB_DEFAULTS = ", ".join(f"`{preset.text}` for {name}" for name, preset in PRESETS.items())
 ROUNDING_HELP = (
@@ -95,6 +96,7 @@ def command(
         list[str] | None,
         typer.Option("--set", help="'pattern=grid' for some tensors, such as 'blk.*.ffn_down=q6_k'; may be repeated."),
     ] = None,
+    keep: Annotated[list[str] | None, typer.Option("--keep", help=KEEP_HELP)] = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every tensor that it fits, the head too.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
@@ -110,11 +112,14 @@ def command(
     plan: Plan | None = None
     if recipe is not None:
         chosen = _recipe(recipe, rounding, pure, settings or ())
+        chosen, held = keeping(opened, chosen, keep or (), rounding)
         plan, n_bytes = plan_model(opened, chosen)
+        check_kept(plan, held)
         layout = chosen.layout
     else:
         layout = format_
-        allocator = Allocator(opened, rounding, layout=layout)
+        allocator = Allocator(opened, rounding, layout=layout, keep=keep or ())
+        held = allocator.kept
         n_bytes = allocator.most if max_kl is not None else file_bytes(opened, allocator, fit, bpw, context)
         allocator.check(n_bytes)
     if layout != GGUF and imatrix:
@@ -150,7 +155,7 @@ def command(
                 result = write_model(opened, chosen, written, force, progress, calibration)
         if recipe is None and max_kl is None:
             console.print(f"Of {n_bytes:,} bytes {result.n_bytes:,} are used.")
-        print_result(console, replace(result, path=out))
+        print_result(console, replace(result, path=out), held)
         if distil:
             distilling.write(console, opened, open_model(written), out, held_out, train, distil, minutes, force)
         if save_recipe:
@@ -246,8 +251,8 @@ def _recipe(name: str, rounding: str, pure: bool, settings: Sequence[str]) -> Re
     return read_recipe(Path(name))
 
 
-def print_result(console: Console, result: Result) -> None:
-    """The file, its size, what every type holds, and every exception with its reason."""
+def print_result(console: Console, result: Result, held: Mapping[str, str] | None = None) -> None:
+    """The file, its size, what every type holds, what was kept, and every exception with its reason."""
     plan = result.plan
     console.print(
         f"{result.path}: {result.n_bytes / 1e6:.2f} MB, {result.bits_per_weight:.2f} bits per weight, "
@@ -263,13 +268,13 @@ def print_result(console: Console, result: Result) -> None:
         n_bytes = sum(step.n_bytes for step in steps)
         table.add_row(kind, str(len(steps)), f"{n_weights:,}", f"{n_bytes / 1e6:.2f}")
     console.print(table)
-    for line in (*exception_lines(plan), *loss_lines(result.losses)):
+    for line in (*kept_lines(plan, held or {}), *exception_lines(plan), *loss_lines(result.losses)):
         console.print(line, soft_wrap=True)
 
 
 def exception_lines(plan: Plan) -> list[str]:
     """One line per reason and kind of tensor, such as `F32: 30 x blk.*.attn_norm.weight (a norm)`."""
-    groups = Counter((step.type, _family(step.tensor.name), step.exception) for step in plan.exceptions)
+    groups = Counter((step.type, family(step.tensor.name), step.exception) for step in plan.exceptions)
     return [f"  not by the recipe, {kind}: {n} x {family} ({reason})" for (kind, family, reason), n in groups.items()]
 
 
@@ -282,9 +287,9 @@ def loss_lines(losses: tuple[TensorLoss, ...]) -> list[str]:
     worst = sorted(measured, key=lambda each: -each.loss / each.plain)[:N_WORST]
     named = ", ".join(f"{each.name} {each.loss / each.plain:.2f}" for each in worst)
     lines = [f"Squared output error of the layers: {total:.3f} of plain rounding's (least gained: {named})."]
-    notes = Counter((_family(each.name), each.note) for each in losses if each.note)
+    notes = Counter((family(each.name), each.note) for each in losses if each.note)
     lines += [f"  note: {n} x {family}: {note}" for (family, note), n in notes.items()]
-    dead = Counter(_family(each.name) for each in losses if each.n_dead)
+    dead = Counter(family(each.name) for each in losses if each.n_dead)
     lines += [f"  note: {n} x {family} had inputs that the text never woke" for family, n in dead.items()]
     return lines
 
@@ -301,10 +306,6 @@ def _write_report(path: Path, result: Result, calibration: Calibration | None) -
     raw = json.dumps(content, indent=1).encode()
     with whole_file(path, len(raw), overwrite=True) as file:
         file.write(raw)
-
-
-def _family(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _source_types(model: Model) -> list[str]:

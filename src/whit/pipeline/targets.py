@@ -36,6 +36,7 @@ INTEGERS = {
     folders.GPTQ: tuple(f"int{bits}-g{size}" for bits in (2, 3, 4, 8) for size in (128, 64, 32)),
     folders.WHIT: (*SUPERBLOCKS[:-1], *BLOCKS[:-1], *(f"int{bits}-g{size}" for bits in (2, 3, 6) for size in (64, 32))),
 }
+LAYOUTS = (GGUF, *INTEGERS)
 FUSED = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))  # one matrix each in vLLM
 OUTER = ("token_embd.weight", "output.weight")
 SUMMARY = "a grid of its own for every matrix"
@@ -122,10 +123,10 @@ class FolderTarget:
         view = model_view(model)
         self._model, self._layout, self._rounding = model, layout, rounding
         self._form = FOLDERS[layout]
-        self._tensors = {t.name: t for t in view.tensors if not t.keep_float and t.name not in OUTER}
+        self._tensors = {t.name: t for t in view.tensors if not t.keep_float}
         self.n_weights = sum(tensor.n_weights for tensor in view.tensors)
-        self.candidates = {name: self._grids(tensor) for name, tensor in self._tensors.items()}
-        self.groups = _fused(list(self._tensors)) if layout != folders.WHIT else []
+        self.candidates = {name: self._grids(t) for name, t in self._tensors.items() if name not in OUTER}
+        self.groups = fused(list(self.candidates)) if layout != folders.WHIT else []
 
     def stored(self, name: str, grid: str) -> int:
         """Codes, scales and what else the layout has."""
@@ -178,8 +179,8 @@ def _blocks(tensor: GGUFTensor) -> tuple[str, ...]:
     return ("f16",)
 
 
-def _fused(names: list[str]) -> list[tuple[str, ...]]:
-    """Which of these must agree, block by block."""
+def fused(names: list[str]) -> list[tuple[str, ...]]:
+    """Which of these GGUF tensors must be on the same grid, block by block, because vLLM multiplies them as one."""
     found: dict[tuple[str, int], list[str]] = {}
     for name in names:
         match = re.fullmatch(r"(blk\.\d+\.)(\w+)\.weight", name)
