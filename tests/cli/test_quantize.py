@@ -152,3 +152,40 @@ def _types(path: Path) -> dict[str, str]:
     source = open_model(path).gguf_tensors
     assert source is not None
     return {name: source.info(name).dtype for name in source.names()}
+
+
+def test_a_share_of_the_weights_goes_to_eight_bits(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, saved, table = tmp_path / "a.gguf", tmp_path / "r.json", tmp_path / "t.json"
+    recipe = ["--recipe", "q4_0", "--windows", "2", "--preset", "fast", "--keep", "blk.0.attn_q=f16"]
+    share = ["--salient", "20%", "--save-recipe", str(saved)]
+    assert run(["quantize", str(llama), *recipe, *share, "-o", str(out)]) == 0
+    shown = capsys.readouterr().out
+    types = _types(out)
+    raised = [name for name, kind in types.items() if kind == "Q8_0"]
+    assert raised
+    assert types["blk.0.attn_q.weight"] == "F16"
+    assert all(f"{name}: q4_0 -> q8_0" in shown for name in raised)
+    assert f"{out.stat().st_size / 1e6:.2f} MB" in shown
+    again = tmp_path / "b.gguf"
+    assert run(["quantize", str(llama), "--recipe", str(saved), *recipe[2:6], "-o", str(again)]) == 0
+    assert _types(again) == types
+    assert run(["plan", str(llama), "--windows", "2", "--save", str(table)]) == 0
+    assert run(["quantize", str(llama), *recipe, *share, "--table", str(table), "-o", str(out), "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "q4_0", "--salient", "lots"], "is not a share of the weights"),
+        (["--recipe", "f16", "--salient", "1%"], "no matrix here that could go to a better type"),
+        (["--fit", "1MB", "--salient", "1%"], "--salient is for recipes"),
+        (["--recipe", "q4_0", "--table", "t.json"], "a recipe needs none"),
+    ],
+)
+def test_what_salient_refuses(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(["quantize", str(llama), *arguments, "-o", str(tmp_path / "a.gguf")]) == 2
+    assert message in capsys.readouterr().err

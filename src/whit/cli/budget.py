@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,18 @@ def swept(model: Model, allocator: Allocator, windows: Tensor | None, table: Pat
     table    a file of `whit plan --save`, instead of the sweep
     Raises RecipeError when the table is of another model.
     """
-    if table:
-        return read_damages(table, allocator)
+    return read_damages(table, allocator) if table else sweep(model, allocator.candidates, windows)
+
+
+def sweep(model: Model, candidates: Mapping[str, Sequence[str]], windows: Tensor | None) -> Damages:
+    """Nats per token for every tensor and each of its grids; windows as for `swept`."""
     from whit.pipeline.sensitivity import sensitivities  # it imports transformers, which takes seconds
 
     if windows is None:
         windows, _ = calibration_windows(model, SWEPT)
     some = torch.linspace(0, len(windows) - 1, min(SWEPT, len(windows))).round().long()
     with progress_bar("sensitivities") as progress:
-        return sensitivities(model, allocator.candidates, windows[some], progress=progress)
+        return sensitivities(model, candidates, windows[some], progress=progress)
 
 
 def best_file(
@@ -151,24 +155,37 @@ def write_damages(damages: Damages, path: Path) -> None:
 
 def read_damages(path: Path, allocator: Allocator) -> Damages:
     """The result of a sweep that was kept. Raises RecipeError when it does not belong to the allocator's model."""
+    found = read_table(path)
+    for name, grid in allocator.kept.items():
+        if isinstance(grid_named(grid), Float):
+            found.setdefault(name, {}).setdefault(grid, 0.0)  # moves every prediction alike, and no choice
+    check_table(path, found, {name: (grid,) for name, grid in allocator.kept.items()})
+    if any(not set(grids) <= set(found.get(name, {})) for name, grids in allocator.candidates.items()):
+        raise RecipeError(f"{path}: not what `whit plan --save` writes for this model. Run it again.")
+    return found
+
+
+def check_table(path: Path, table: Damages, candidates: Mapping[str, Sequence[str]]) -> None:
+    """Raise RecipeError when a sweep has no figure for a tensor on one of its grids."""
+    for name, grids in candidates.items():
+        for grid in grids:
+            if grid not in table.get(name, {}):
+                raise RecipeError(
+                    f"{path}: does not say what {name} loses on {grid}. Run `whit plan --save` with the same --keep, "
+                    "or leave --table."
+                )
+
+
+def read_table(path: Path) -> dict[str, dict[str, float]]:
+    """What a sweep has found. Raises RecipeError for a file that is not what `whit plan --save` writes."""
     try:
         found: Any = json.loads(path.read_text())["nats_per_token"]
-        for name, grid in allocator.kept.items():  # its figure moves every prediction alike, and no choice
-            if isinstance(grid_named(grid), Float):
-                found.setdefault(name, {}).setdefault(grid, 0.0)
-        missing = [name for name, grid in allocator.kept.items() if grid not in found.get(name, {})]
-        complete = all(set(grids) <= set(found.get(name, {})) for name, grids in allocator.candidates.items())
         given = [each for grids in found.values() for each in grids.values()]
         numbers = all(type(each) in (int, float) and 0 <= each < math.inf for each in given)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        complete, numbers, missing = False, False, []
-    if numbers and missing:
-        raise RecipeError(
-            f"{path}: does not say what {missing[0]} loses on {allocator.kept[missing[0]]}. Run `whit plan --save` "
-            "with the same --keep."
-        )
-    if not (complete and numbers):
+        numbers = False
+    if not numbers:
         raise RecipeError(f"{path}: not what `whit plan --save` writes for this model. Run it again.")
     return found

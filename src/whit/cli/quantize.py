@@ -19,7 +19,7 @@ from whit.checkpoints.atomic import check_folder, check_target, moved, whole_fil
 from whit.checkpoints.imatrix import read_imatrix
 from whit.cli.budget import best_file, file_bytes, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, shared_out
-from whit.cli.keep import KEEP_HELP, keeping, kept_lines
+from whit.cli.keep import KEEP_HELP, SALIENT_HELP, keeping, kept_lines, raising
 from whit.cli.progress import progress_bar
 from whit.errors import OutputError, RecipeError
 from whit.models.model import Model
@@ -30,6 +30,7 @@ from whit.pipeline.folder import plan_model, write_model
 from whit.pipeline.keep import check_kept, family
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
 from whit.pipeline.quantize import Result
+from whit.pipeline.salient import Salient, parse_share
 from whit.pipeline.targets import GGUF, LAYOUTS
 from whit.recipes.files import read_recipe, write_recipe
 from whit.recipes.folders import EXAMPLES, folder_recipe
@@ -72,7 +73,7 @@ def command(
     ] = 0,
     table: Annotated[
         Path | None,
-        typer.Option(help="With --fit, --bpw or --max-kl: a file of `whit plan --save`, for no sweep."),
+        typer.Option(help="With --fit, --bpw, --max-kl or --salient: a file of `whit plan --save`, for no sweep."),
     ] = None,
     save_recipe: Annotated[Path | None, typer.Option(help="Write the recipe, tensor by tensor, to this JSON file.")] = (
         None
@@ -97,6 +98,7 @@ def command(
         typer.Option("--set", help="'pattern=grid' for some tensors, such as 'blk.*.ffn_down=q6_k'; may be repeated."),
     ] = None,
     keep: Annotated[list[str] | None, typer.Option("--keep", help=KEEP_HELP)] = None,
+    salient: Annotated[str | None, typer.Option(help=SALIENT_HELP)] = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every tensor that it fits, the head too.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
@@ -106,7 +108,7 @@ def command(
     check_rounding(rounding)
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
-    _check_request(recipe, fit, bpw, max_kl, context, table, repair, pure, settings, format_, distil, minutes)
+    _check_request(recipe, fit, bpw, max_kl, context, table, repair, pure, salient, settings, format_, distil, minutes)
     opened = open_model(model)
     chosen: Recipe | None = None
     plan: Plan | None = None
@@ -115,11 +117,12 @@ def command(
         chosen, held = keeping(opened, chosen, keep or (), rounding)
         plan, n_bytes = plan_model(opened, chosen)
         check_kept(plan, held)
+        better = Salient(opened, chosen, held, rounding, parse_share(salient)) if salient else None
         layout = chosen.layout
     else:
         layout = format_
         allocator = Allocator(opened, rounding, layout=layout, keep=keep or ())
-        held = allocator.kept
+        held, better = allocator.kept, None
         n_bytes = allocator.most if max_kl is not None else file_bytes(opened, allocator, fit, bpw, context)
         allocator.check(n_bytes)
     if layout != GGUF and imatrix:
@@ -132,7 +135,7 @@ def command(
     if table is not None and recipe is None:
         read_damages(table, allocator)
     calibration, unseen = None, None
-    if plan is None or any(step.needs_moments for step in plan.steps):
+    if plan is None or better or any(step.needs_moments for step in plan.steps):
         calibration, unseen = _calibration(opened, preset, calib, windows, imatrix, bool(repair) or max_kl is not None)
         console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
     if distil:
@@ -141,8 +144,11 @@ def command(
         held_out, train = distilling.texts(console, opened, calib)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         written = Path(folder) / out.name if distil else out
+        text = None if calibration is None or imatrix else calibration.windows
+        if chosen is not None and better is not None:
+            chosen, raised = raising(console, opened, better, text, table)
+            held = {**held, **raised}
         if chosen is None:
-            text = None if calibration is None or imatrix else calibration.windows
             damages = swept(opened, allocator, text, table)
             if unseen is not None:
                 result = best_file(console, allocator, damages, n_bytes, max_kl, repair, calibration, unseen, folder)
@@ -218,6 +224,7 @@ def _check_request(
     table: Path | None,
     repair: int,
     pure: bool,
+    salient: str | None,
     settings: list[str] | None,
     layout: str,
     distil: int,
@@ -229,8 +236,10 @@ def _check_request(
         raise RecipeError(f"Say what is wanted by exactly one of {', '.join(wanted)}.")
     if context is not None and fit is None:
         raise RecipeError("--context says how much of --fit is not for the file; give both.")
-    if table is not None and recipe is not None:
-        raise RecipeError("--table saves the sweep of --fit, --bpw and --max-kl; a recipe needs none.")
+    if table is not None and recipe is not None and not salient:
+        raise RecipeError("--table saves the sweep of --fit, --bpw, --max-kl and --salient; a recipe needs none.")
+    if salient and recipe is None:
+        raise RecipeError("--salient is for recipes: --fit, --bpw and --max-kl weigh every matrix as it is.")
     if minutes is not None and not distil:
         raise RecipeError("--minutes ends --distil; give both.")
     if repair and fit is None and bpw is None:
