@@ -94,8 +94,10 @@ def test_the_public_names_are_these() -> None:
     assert set(whit.__all__) == {
         "GRIDS", "Calibrated", "Comparison", "Model", "QuantizedCache", "QuantizedTensor", "Recipe", "Rule",
         "WhitError",
-        "calibrate", "compare", "freeze", "generate", "grouped", "load", "mxfp4", "nearest", "nf4", "open_model",
-        "qfloat8", "qint2", "qint3", "qint4", "qint8", "quantize", "recipe_named", "save", "search", "write_gguf",
+        "calibrate", "compare", "fp4", "freeze", "generate", "grouped", "load", "mxfp4", "nearest", "nf4", "nvfp4",
+        "open_model",
+        "qfloat8", "qint2", "qint3", "qint4", "qint8", "quantize", "recipe_named", "save",
+        "search", "write_gguf",
     }  # fmt: skip
     assert all(getattr(whit, name) is not None for name in whit.__all__)
 

@@ -78,15 +78,17 @@ def swept(model: Model, allocator: Allocator, windows: Tensor | None, table: Pat
     return read_damages(table, allocator) if table else sweep(model, allocator.candidates, windows)
 
 
-def sweep(model: Model, candidates: Mapping[str, Sequence[str]], windows: Tensor | None) -> Damages:
-    """Nats per token for every tensor and each of its grids; windows as for `swept`."""
+def sweep(
+    model: Model, candidates: Mapping[str, Sequence[str]], windows: Tensor | None, plain: bool = False
+) -> Damages:
+    """Nats per token for every tensor and each of its grids; windows as for `swept`, plain for plain rounding."""
     from whit.pipeline.sensitivity import sensitivities  # it imports transformers, which takes seconds
 
     if windows is None:
         windows, _ = calibration_windows(model, SWEPT)
     some = torch.linspace(0, len(windows) - 1, min(SWEPT, len(windows))).round().long()
     with progress_bar("sensitivities") as progress:
-        return sensitivities(model, candidates, windows[some], progress=progress)
+        return sensitivities(model, candidates, windows[some], progress=progress, plain=plain)
 
 
 def best_file(

@@ -10,8 +10,10 @@ from rich.console import Console
 from torch import Tensor
 
 from whit.cli.budget import check_table, read_table, sweep
+from whit.errors import RecipeError
 from whit.models.model import Model
-from whit.pipeline.keep import family, kept, matrix_names, with_kept
+from whit.pipeline.allocate import Allocator
+from whit.pipeline.keep import family, grid_for, kept, matrix_names, with_kept
 from whit.pipeline.plan import Plan
 from whit.pipeline.salient import Raised, Salient
 from whit.recipes.recipe import Recipe
@@ -24,6 +26,34 @@ SALIENT_HELP = (
     "With --recipe: so much of the weights (such as 1%), whole matrices that lose most per byte, at the next better "
     "type: 8 bits, or 16-bit floats where the recipe has 8 already."
 )
+TYPES_HELP = (
+    "The only types that a budget may choose from, with commas between them, such as q4_0,q8_0 or int4-g128,nvfp4,fp8."
+)
+
+
+def check_rules(named: bool, salient: str | None, types: str | None, table: Path | None) -> None:
+    """Raise RecipeError for options that do not go together; `named` is whether a recipe says what is wanted."""
+    if named and table is not None and not salient:
+        raise RecipeError("--table saves the sweep of --fit, --bpw, --max-kl and --salient; a recipe needs none.")
+    if named and types is not None:
+        raise RecipeError("--types says what --fit, --bpw and --max-kl choose from; a recipe says its types itself.")
+    if not named and salient:
+        raise RecipeError("--salient is for recipes: --fit, --bpw and --max-kl weigh every matrix as it is.")
+
+
+def types_of(text: str | None, layout: str) -> tuple[str, ...] | None:
+    """What `--types` lists, None for nothing. Raises RecipeError for a type that the layout does not have."""
+    if text is None:
+        return None
+    return tuple(dict.fromkeys(grid_for(each.strip(), layout, option="--types") for each in text.split(",")))
+
+
+def check_types(allocator: Allocator, types: Sequence[str] | None) -> None:
+    """Raise RecipeError for a type that no matrix of the model can be on."""
+    used = {grid for grids in allocator.candidates.values() for grid in grids}
+    for kind in types or ():
+        if kind not in used:
+            raise RecipeError(f"--types: no matrix of {allocator.model.label} can be on {kind} in this format.")
 
 
 def keeping(model: Model, recipe: Recipe, settings: Sequence[str], rounding: str) -> tuple[Recipe, dict[str, str]]:
@@ -44,7 +74,7 @@ def raising(
     Raises RecipeError when the table does not have what is needed.
     """
     if table is None:
-        damages = sweep(model, salient.candidates, windows)
+        damages = sweep(model, salient.candidates, windows, salient.plain)
     else:
         damages = read_table(table)
         check_table(table, damages, salient.candidates)

@@ -15,7 +15,7 @@ from rich.table import Table
 from whit.checkpoints.atomic import check_target
 from whit.cli.budget import check_damages, frontier_sizes, swept, write_damages
 from whit.cli.calibration import CALIB_HELP, calibration_windows
-from whit.cli.keep import KEEP_HELP
+from whit.cli.keep import KEEP_HELP, TYPES_HELP, check_types, types_of
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
 from whit.models.open import open_model
@@ -40,6 +40,7 @@ def command(
     ] = 0,
     keep: Annotated[list[str] | None, typer.Option("--keep", help=KEEP_HELP)] = None,
     format_: Annotated[str, typer.Option("--format", help=f"Of the output: one of {', '.join(LAYOUTS)}.")] = GGUF,
+    types: Annotated[str | None, typer.Option(help=TYPES_HELP)] = None,
     json: Annotated[bool, typer.Option("--json", help="Exact figures.")] = False,
 ) -> None:
     """Predict what a model loses at every size, so that you can choose one."""
@@ -48,7 +49,9 @@ def command(
     opened = open_model(model)
     if save:
         check_target(save, 0, overwrite=True)  # before any work
-    allocator = Allocator(opened, layout=format_, keep=keep or ())
+    chosen_from = types_of(types, format_)
+    allocator = Allocator(opened, "feedback", chosen_from, format_, keep or ())
+    check_types(allocator, chosen_from)
     ids = None
     if table is None or check:
         ids, source = calibration_windows(opened, windows, calib)
@@ -76,6 +79,7 @@ def command(
         console.print(f"\nPredicted on {source}.", soft_wrap=True)
     table_ = f" --table {save}" if save else ""
     kept = "".join(f" --keep {shlex.quote(each)}" for each in keep or ())
+    kept += f" --types {types}" if types else ""
     out = "-o OUT.gguf" if format_ == GGUF else f"--format {format_} -o OUT"
     some = found[len(found) // 2]
     console.print(f"Next: whit quantize {model} --fit {some.n_bytes}{table_}{kept} {out}", soft_wrap=True)

@@ -19,7 +19,17 @@ from whit.checkpoints.atomic import check_folder, check_target, moved, whole_fil
 from whit.checkpoints.imatrix import read_imatrix
 from whit.cli.budget import best_file, file_bytes, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, shared_out
-from whit.cli.keep import KEEP_HELP, SALIENT_HELP, keeping, kept_lines, raising
+from whit.cli.keep import (
+    KEEP_HELP,
+    SALIENT_HELP,
+    TYPES_HELP,
+    check_rules,
+    check_types,
+    keeping,
+    kept_lines,
+    raising,
+    types_of,
+)
 from whit.cli.progress import progress_bar
 from whit.errors import OutputError, RecipeError
 from whit.models.model import Model
@@ -59,6 +69,7 @@ def command(
     format_: Annotated[
         str, typer.Option("--format", help=f"With --fit, --bpw or --max-kl: one of {', '.join(LAYOUTS)}.")
     ] = GGUF,
+    types: Annotated[str | None, typer.Option(help=TYPES_HELP)] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="With --fit: room for this many tokens of context must be left.")
     ] = None,
@@ -108,7 +119,8 @@ def command(
     check_rounding(rounding)
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
-    _check_request(recipe, fit, bpw, max_kl, context, table, repair, pure, salient, settings, format_, distil, minutes)
+    _check_request(recipe, fit, bpw, max_kl, context, repair, pure, settings, format_, distil, minutes)
+    check_rules(recipe is not None, salient, types, table)
     opened = open_model(model)
     chosen: Recipe | None = None
     plan: Plan | None = None
@@ -121,7 +133,9 @@ def command(
         layout = chosen.layout
     else:
         layout = format_
-        allocator = Allocator(opened, rounding, layout=layout, keep=keep or ())
+        chosen_from = types_of(types, layout)
+        allocator = Allocator(opened, rounding, chosen_from, layout, keep or ())
+        check_types(allocator, chosen_from)
         held, better = allocator.kept, None
         n_bytes = allocator.most if max_kl is not None else file_bytes(opened, allocator, fit, bpw, context)
         allocator.check(n_bytes)
@@ -221,10 +235,8 @@ def _check_request(
     bpw: float | None,
     max_kl: float | None,
     context: int | None,
-    table: Path | None,
     repair: int,
     pure: bool,
-    salient: str | None,
     settings: list[str] | None,
     layout: str,
     distil: int,
@@ -236,10 +248,6 @@ def _check_request(
         raise RecipeError(f"Say what is wanted by exactly one of {', '.join(wanted)}.")
     if context is not None and fit is None:
         raise RecipeError("--context says how much of --fit is not for the file; give both.")
-    if table is not None and recipe is not None and not salient:
-        raise RecipeError("--table saves the sweep of --fit, --bpw, --max-kl and --salient; a recipe needs none.")
-    if salient and recipe is None:
-        raise RecipeError("--salient is for recipes: --fit, --bpw and --max-kl weigh every matrix as it is.")
     if minutes is not None and not distil:
         raise RecipeError("--minutes ends --distil; give both.")
     if repair and fit is None and bpw is None:

@@ -64,7 +64,7 @@ class Allocator:
         keep    settings such as `lm_head=f16` (keep.py): the budget is spent on the other tensors
         Raises RecipeError for settings that cannot be met.
         """
-        self.model, self._target = model, target_of(model, layout, rounding)
+        self.model, self._target = model, target_of(model, layout, rounding, grids)
         self.candidates = {
             name: tuple(grid for grid in names if not grids or grid in grids) or names
             for name, names in self._target.candidates.items()

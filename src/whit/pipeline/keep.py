@@ -62,7 +62,7 @@ def kept(model: Model, settings: Sequence[str], layout: str = GGUF, activations:
         pattern, equals, kind = setting.rpartition("=")
         if not (pattern and equals and kind):
             raise RecipeError(f"--keep {setting!r} is not of the form 'pattern=type', such as 'lm_head=f16'.")
-        grid = _grid(kind.lower(), layout, activations)
+        grid = grid_for(kind, layout, activations)
         names = [each.gguf for each in matrices if _matches(each, pattern)]
         if not names:
             raise RecipeError(f"--keep {setting}: {pattern} matches no matrix.{_close(pattern, matrices)}")
@@ -190,41 +190,49 @@ def _close(pattern: str, matrices: Sequence[_Matrix]) -> str:
     return f" Close to it: {', '.join(found)}." if found else " `whit inspect` lists the names."
 
 
-def _grid(kind: str, layout: str, activations: str) -> str:
-    """The name of the grid that a type stands for in a layout."""
+def grid_for(kind: str, layout: str, activations: str = "", option: str = "--keep") -> str:
+    """The name of the grid that a type somebody typed stands for in a layout.
+
+    option  what the sentences of errors name
+    Raises RecipeError for a type that the layout does not have.
+    """
+    kind = kind.lower()
     if layout == GGUF:
-        try:
-            wanted = ggml_type_of(grid_named(kind))
-        except RecipeError:
-            wanted = None
-        if wanted is None:
-            known = ", ".join(name for name, grid in GRIDS.items() if ggml_type_of(grid))
-            raise RecipeError(f"--keep: GGUF has no type {kind}. It has: {known}.")
-        return wanted.name.lower()
+        return _ggml(kind, option)
+    scheme = folders.folder_recipe(kind)
+    if scheme is not None and (scheme.layout, scheme.activations) == (layout, activations):
+        return scheme.rules[-1].grid
     try:
         grid = grid_named(kind)
     except RecipeError:
-        return _scheme(kind, layout, activations)
+        if scheme is None:
+            raise RecipeError(
+                f"{option}: there is no type {kind}. In folders: a grid such as int8-g128, fp8, mxfp4, nvfp4, nf4-g64; "
+                "a scheme such as w8a16 or gptq-8bit-g128; f16 or bf16."
+            ) from None
+        theirs, mine = _said(scheme.layout, scheme.activations), _said(layout, activations)
+        raise RecipeError(f"{option}: {kind} is {theirs}, this folder {mine}; one folder has one of them.") from None
     if activations and not isinstance(grid, Float):
         raise RecipeError(
-            f"--keep: this recipe rounds what arrives at every quantized layer ({activations}); a layer can be kept in "
-            f"float (f16, bf16), not on {kind}."
+            f"{option}: this recipe rounds what arrives at every quantized layer ({activations}); a layer can be kept "
+            f"in float (f16, bf16), not on {kind}."
         )
     return "f16" if isinstance(grid, Float) else kind  # the folder's own float, whichever it is
 
 
-def _scheme(kind: str, layout: str, activations: str) -> str:
-    recipe = folders.folder_recipe(kind)
-    if recipe is None:
-        raise RecipeError(
-            f"--keep: there is no type {kind}. In folders: a grid such as int8-g128, fp8, mxfp4, nvfp4, nf4-g64; a "
-            f"scheme such as w8a16 or gptq-8bit-g128; f16 or bf16."
-        )
-    if recipe.layout != layout or recipe.activations != activations:
-        what = f"{recipe.layout}{f' with activations {recipe.activations}' if recipe.activations else ''}"
-        mine = f"{layout}{f' with activations {activations}' if activations else ''}"
-        raise RecipeError(f"--keep: {kind} is {what}, this folder {mine}; one folder has one of them.")
-    return recipe.rules[-1].grid
+def _ggml(kind: str, option: str) -> str:
+    try:
+        wanted = ggml_type_of(grid_named(kind))
+    except RecipeError:
+        wanted = None
+    if wanted is None:
+        known = ", ".join(name for name, grid in GRIDS.items() if ggml_type_of(grid))
+        raise RecipeError(f"{option}: GGUF has no type {kind}. It has: {known}.")
+    return wanted.name.lower()
+
+
+def _said(layout: str, activations: str) -> str:
+    return f"{layout} with activations {activations}" if activations else layout
 
 
 def _check(model: Model, chosen: Mapping[str, str], layout: str, activations: str) -> None:

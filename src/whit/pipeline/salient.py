@@ -59,6 +59,7 @@ class Salient:
     """What may be raised in the output of one recipe.
 
     candidates  tensor -> (grid now, next better grid), for `sensitivities`
+    plain       whether these are for plain rounding
     """
 
     def __init__(self, model: Model, recipe: Recipe, held: Mapping[str, str], rounding: str, share: float) -> None:
@@ -70,7 +71,7 @@ class Salient:
         Raises RecipeError when no matrix can be raised, or none is so small.
         """
         self._model, self._recipe, self._held, self._rounding = model, recipe, dict(held), rounding
-        self._names = matrix_names(model)
+        self._names, self.plain = matrix_names(model), rounding == "nearest"
         plan, _ = plan_model(model, recipe)
         self._most = share * plan.n_weights
         better = {step.tensor.name: _better(step, recipe) for step in plan.steps if step.tensor.name in self._names}
