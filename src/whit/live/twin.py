@@ -67,6 +67,7 @@ class Twin(nn.Module):
     inputs  how what arrives is quantized, None for not at all
     frozen  the codes, None before
     active  whether the matrix is seen rounded
+    alone   whether it is all of its layer (live/salient.py): else no factor may be folded into its columns
     """
 
     turned = False  # whether the parameter is [in, out]
@@ -75,7 +76,7 @@ class Twin(nn.Module):
         """weight  the original's own parameter, shared with whatever it is tied to."""
         super().__init__()
         self._parameters["weight"] = cast(nn.Parameter, weight)  # a property has the name
-        self.grid, self.active = grid, True
+        self.grid, self.active, self.alone = grid, True, True
         self.inputs = None if inputs is None else Inputs(inputs)
         self.frozen: Frozen | None = None
         self.fixed: Stored | None = None
