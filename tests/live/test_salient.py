@@ -130,6 +130,13 @@ def test_activations_are_calibrated_as_ever(smooth: bool) -> None:
     assert (after - expected).norm() < expected.norm()
 
 
+@pytest.mark.parametrize("weights", ["qint2", "int4-g24", "nf4", "nvfp4", "qfloat8", "q4_0"])
+def test_any_grid_with_a_zero_will_do(weights: str) -> None:
+    model = layer()
+    quantize(model, weights, salient=2 / 64, calibration=[inputs(0)])
+    assert besides(model)[0].columns.tolist() == list(OUTLIERS)
+
+
 def test_tied_and_unreached_matrices_stay_whole() -> None:
     model = tiny_model("qwen2-tied")
     quantize(model, qint4, salient=0.05, calibration=TEXT)

@@ -105,7 +105,9 @@ def check_salient(share: float, grid: Grid) -> None:
     """Raise RecipeError for a share of channels that is none, and for a grid that has no zero to put in their place."""
     if not 0 < share < 1:
         raise RecipeError(f"salient={share!r} is not a share of the input channels, such as 0.01.")
-    W = torch.randn(CHECKED, 256, generator=torch.Generator().manual_seed(0)) + 0.1
+    group = grid.spans(256)[0]  # whole groups of any size; a superblock is 256
+    cols = 4 * group if 256 % group else 256
+    W = torch.randn(CHECKED, cols, generator=torch.Generator().manual_seed(0)) + 0.1
     W[:, ::64] = 0
     if nearest(W, grid).dequantize()[:, ::64].any():
         raise RecipeError(
