@@ -94,7 +94,8 @@ def test_the_public_names_are_these() -> None:
     assert set(whit.__all__) == {
         "GRIDS", "Calibrated", "Comparison", "Model", "QuantizedCache", "QuantizedTensor", "QuantizedTraining",
         "Recipe", "Rule", "Tuning", "WhitError",
-        "calibrate", "compare", "freeze", "generate", "grouped", "load", "mxfp4", "nearest", "nf4", "open_model",
+        "calibrate", "compare", "fp4", "freeze", "generate", "grouped", "load", "mxfp4", "nearest", "nf4", "nvfp4",
+        "open_model",
         "qfloat8", "qint2", "qint3", "qint4", "qint8", "quantize", "recipe_named", "save", "search", "train",
         "write_gguf",
     }  # fmt: skip

@@ -43,3 +43,17 @@ def test_a_kept_sweep_is_used_again(llama: Path, tmp_path: Path, capsys: pytest.
     budget = ["--fit", "1MB", "--table", str(table), "--preset", "fast", "--windows", "3"]
     assert run(["quantize", str(llama), *budget, "-o", str(out)]) == 0
     assert out.stat().st_size <= 10**6
+
+
+def test_folders_and_types_of_ones_own_are_predicted(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(llama), "--windows", "2", "--points", "3"]
+    assert run([*arguments, "--format", "compressed-tensors", "--types", "int4-g32,nvfp4,fp8"]) == 0
+    shown = capsys.readouterr().out
+    assert "--types int4-g32,nvfp4,fp8 --format compressed-tensors -o OUT" in shown
+    assert "int8" not in shown
+    assert run([*arguments, "--types", "nf4-g64"]) == 2
+    assert "--types: GGUF has no type nf4-g64" in capsys.readouterr().err
+    assert run([*arguments, "--types", "q6_k"]) == 2
+    assert "no matrix of" in capsys.readouterr().err
+    assert run([*arguments, "--format", "onnx"]) == 2
+    assert "--format onnx is not one of gguf" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.cli.app import run
+from whit.models.open import open_model
 
 
 @pytest.fixture
@@ -93,3 +94,98 @@ def test_bad_choices_are_explained(
     assert run(["quantize", str(llama), "--recipe", "q4_0", "-o", str(out), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_kept_matrices_are_named_and_saved_recipes_hold_them(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, first, second = tmp_path / "r.json", tmp_path / "a.gguf", tmp_path / "b.gguf"
+    plain = ["--rounding", "nearest"]
+    keep = ["--keep", "lm_head=f16", "--keep", "*.v_proj=q8_0", "--save-recipe", str(saved)]
+    assert run(["quantize", str(llama), "--recipe", "q4_0", *plain, *keep, "-o", str(first)]) == 0
+    shown = capsys.readouterr().out
+    assert "kept, Q8_0: 2 x blk.*.attn_v.weight" in shown
+    assert "kept, F16: 1 x output.weight" in shown
+    assert run(["quantize", str(llama), "--recipe", str(saved), *plain, "-o", str(second)]) == 0
+    types = [_types(path) for path in (first, second)]
+    assert types[0] == types[1]
+    assert (types[0]["output.weight"], types[0]["blk.1.attn_v.weight"]) == ("F16", "Q8_0")
+    changed = ["--recipe", str(saved), *plain, "--keep", "lm_head=q8_0", "--force", "-o", str(second)]
+    assert run(["quantize", str(llama), *changed]) == 0
+    assert _types(second)["output.weight"] == "Q8_0"
+
+
+def test_a_budget_leaves_kept_matrices_alone(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, out = tmp_path / "t.json", tmp_path / "a.gguf"
+    keep = ["--keep", "lm_head=bf16", "--keep", "blk.1.attn_v=q5_1"]
+    assert run(["plan", str(llama), "--windows", "2", "--save", str(table)]) == 0
+    fit = ["--fit", "200kB", "--rounding", "nearest", "--table", str(table)]
+    assert run(["quantize", str(llama), *fit, *keep, "-o", str(out)]) == 0  # bf16 is in no sweep
+    assert out.stat().st_size <= 200_000
+    assert (_types(out)["output.weight"], _types(out)["blk.1.attn_v.weight"]) == ("BF16", "Q5_1")
+    capsys.readouterr()
+    odd = ["--keep", "blk.1.attn_v=tq2_0"]
+    assert run(["plan", str(llama), "--table", str(table), "--points", "3", *keep]) == 0
+    assert "--keep lm_head=bf16 --keep blk.1.attn_v=q5_1 -o OUT.gguf" in capsys.readouterr().out
+    assert run(["plan", str(llama), "--table", str(table), "--points", "3", *odd]) == 2
+    assert "cannot be on tq2_0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "lm_haed=f16"], "lm_haed matches no matrix. Close to it: lm_head"),
+        (["--keep", "lm_head=q6"], "GGUF has no type q6"),
+        (["--keep", "lm_head"], "not of the form 'pattern=type'"),
+    ],
+)
+def test_what_cannot_be_kept_leaves_no_file(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    for wanted in (["--recipe", "q4_0"], ["--fit", "1MB"]):
+        assert run(["quantize", str(llama), *wanted, *arguments, "-o", str(tmp_path / "a.gguf")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "a.gguf").exists()
+
+
+def _types(path: Path) -> dict[str, str]:
+    source = open_model(path).gguf_tensors
+    assert source is not None
+    return {name: source.info(name).dtype for name in source.names()}
+
+
+def test_a_share_of_the_weights_goes_to_eight_bits(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, saved, table = tmp_path / "a.gguf", tmp_path / "r.json", tmp_path / "t.json"
+    recipe = ["--recipe", "q4_0", "--windows", "2", "--preset", "fast", "--keep", "blk.0.attn_q=f16"]
+    share = ["--salient", "20%", "--save-recipe", str(saved)]
+    assert run(["quantize", str(llama), *recipe, *share, "-o", str(out)]) == 0
+    shown = capsys.readouterr().out
+    types = _types(out)
+    raised = [name for name, kind in types.items() if kind == "Q8_0"]
+    assert raised
+    assert types["blk.0.attn_q.weight"] == "F16"
+    assert all(f"{name}: q4_0 -> q8_0" in shown for name in raised)
+    assert f"{out.stat().st_size / 1e6:.2f} MB" in shown
+    again = tmp_path / "b.gguf"
+    assert run(["quantize", str(llama), "--recipe", str(saved), *recipe[2:6], "-o", str(again)]) == 0
+    assert _types(again) == types
+    assert run(["plan", str(llama), "--windows", "2", "--save", str(table)]) == 0
+    assert run(["quantize", str(llama), *recipe, *share, "--table", str(table), "-o", str(out), "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "q4_0", "--salient", "lots"], "is not a share of the weights"),
+        (["--recipe", "f16", "--salient", "1%"], "no matrix here that could go to a better type"),
+        (["--fit", "1MB", "--salient", "1%"], "--salient is for recipes"),
+        (["--recipe", "q4_0", "--table", "t.json"], "a recipe needs none"),
+    ],
+)
+def test_what_salient_refuses(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(["quantize", str(llama), *arguments, "-o", str(tmp_path / "a.gguf")]) == 2
+    assert message in capsys.readouterr().err

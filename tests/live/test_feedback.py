@@ -16,6 +16,7 @@ from whit.live.twin import Twin
 from whit.pipeline.effort import PRESETS
 from whit.rounding.nearest import nearest
 
+INTEGERS = ("qint8", "qint4", "qint3", "qint2")
 TEXT = torch.tensor([random_tokens(48, seed) for seed in range(6)])
 MODELS = ("llama", "llama-tied-biased", "gpt2", "gemma3_text", "phi3", "opt", "mixtral", "gpt_neox", "qwen3")
 
@@ -55,7 +56,7 @@ def correlated(n: int = 200, cols: int = 64) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("weights", ["qint8", "qint4", "qint3", "qint2", "nf4", "mxfp4", "qfloat8", "qfloat8_e5m2"])
+@pytest.mark.parametrize("weights", [*INTEGERS, "nf4", "fp4", "mxfp4", "nvfp4", "qfloat8", "qfloat8_e5m2"])
 def test_the_error_at_the_output_is_far_below_that_of_nearest(weights: str) -> None:
     x = correlated()
     H = (x[0].T @ x[0]).double()

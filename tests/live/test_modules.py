@@ -13,11 +13,16 @@ from transformers.pytorch_utils import Conv1D
 from whit.grids.grid import Grid
 from whit.live.modules import QConv1D, QEmbedding, QLinear, quantize_outputs
 from whit.live.quantize import freeze
-from whit.live.types import TYPES, fitted, qint4, qint8
+from whit.live.types import BLOCKS, TYPES, fitted, qint4, qint8
 from whit.rounding.nearest import nearest
 
 WIDTHS = (64, 96, 50)
-FITTING = [(name, cols) for name in TYPES for cols in WIDTHS if name != "mxfp4" or cols % 32 == 0]
+FITTING = [
+    (name, cols)
+    for name, grid in TYPES.items()
+    for cols in WIDTHS
+    if grid not in BLOCKS or cols % grid.spans(cols)[0] == 0
+]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

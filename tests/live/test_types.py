@@ -1,10 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 
+from tiny import random_tokens, tiny_model
 from whit.errors import RecipeError
 from whit.grids.named import grid_name, grid_named
 from whit.grids.scaled import PerChannel, PerGroup, Scaled
+from whit.live.quantize import freeze, quantize
+from whit.live.save import load, save
 from whit.live.types import (
+    BLOCKS,
     TYPES,
     codebook3,
     fitted,
@@ -26,7 +32,7 @@ def test_every_type_has_a_name_that_is_found_again(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 128, 24])
-@pytest.mark.parametrize("name", [name for name, grid in TYPES.items() if isinstance(grid, Scaled) and name != "mxfp4"])
+@pytest.mark.parametrize("name", [key for key, it in TYPES.items() if isinstance(it, Scaled) and it not in BLOCKS])
 def test_types_with_other_groups_have_names_too(name: str, size: int) -> None:
     grid = grouped(TYPES[name], size)
     assert grid_named(grid_name(grid)) == grid
@@ -82,3 +88,27 @@ def test_one_scale_per_row_always_fits() -> None:
 def test_blocks_that_do_not_divide_are_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="rows of 40"):
         fitted(grid_named(name), 40)
+
+
+@pytest.mark.parametrize("method", ["nearest", "search", "feedback"])
+@pytest.mark.parametrize("name", ["nf4", "fp4", "mxfp4", "nvfp4", "qfloat8", "qfloat8_e5m2", "fp4-g16", "fp8-g32"])
+def test_floats_are_live_types_by_every_method_and_come_back_from_a_folder(
+    tmp_path: Path, name: str, method: str
+) -> None:
+    """The same logits before freezing, after it and from a folder."""
+    tokens, model = torch.tensor([random_tokens(24)]), tiny_model("llama")
+    text = torch.tensor([random_tokens(24, seed) for seed in range(1, 5)])
+    with torch.no_grad():
+        original = model(tokens).logits
+        quantize(model, name, method=method, calibration=text if method == "feedback" else None)
+        seen = model(tokens).logits
+        freeze(model)
+        codes = model(tokens).logits
+    save(model, tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    loaded.set_attn_implementation("eager")  # type: ignore[operator]
+    with torch.no_grad():
+        again = loaded(tokens).logits
+    torch.testing.assert_close(codes, seen, rtol=1e-3, atol=1e-3)
+    assert torch.equal(again, codes)
+    assert 0 < (codes - original).norm() < 0.9 * original.norm()

@@ -1,7 +1,7 @@
 import pytest
 
 from whit.errors import RecipeError
-from whit.grids.named import grid_named
+from whit.grids.named import grid_name, grid_named
 from whit.recipes.folders import EXAMPLES, folder_recipe
 
 
@@ -50,3 +50,17 @@ def test_overrides_come_first() -> None:
     found = folder_recipe("w4a16", "feedback", ["blk.*.ffn_down=int8"])
     assert found.rule_for(["blk.3.ffn_down.weight"]).grid == "int8"
     assert found.rule_for(["blk.3.ffn_up.weight"]).grid == "int4-g128"
+
+
+@pytest.mark.parametrize(("name", "grid"), [("nf4", "nf4-g64"), ("FP4", "fp4-g64"), ("whit-nf4", "nf4")])
+def test_four_bit_floats_without_a_public_layout_go_to_whits_own(name: str, grid: str) -> None:
+    found = folder_recipe(name)
+    assert found is not None
+    assert found.layout == "whit"
+    assert grid_named(found.rules[-1].grid) == grid_named(grid)
+
+
+def test_fp4_with_half_precision_scales_has_a_name_of_its_own() -> None:
+    assert grid_name(grid_named("fp4-g32")) == "fp4-g32"
+    assert grid_name(grid_named("fp4-g32:bf16")) == "fp4-g32:bf16"
+    assert grid_name(grid_named("mxfp4")) == "mxfp4"

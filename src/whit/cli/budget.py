@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from whit.cli.calibration import calibration_windows
 from whit.cli.progress import Report as Progress
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
+from whit.grids.floats import Float
+from whit.grids.named import grid_named
 from whit.memory import kv_cache_bytes, shape_from_config, working_bytes
 from whit.models.model import Model
 from whit.pipeline.allocate import Allocator, Damages
@@ -72,15 +75,20 @@ def swept(model: Model, allocator: Allocator, windows: Tensor | None, table: Pat
     table    a file of `whit plan --save`, instead of the sweep
     Raises RecipeError when the table is of another model.
     """
-    if table:
-        return read_damages(table, allocator)
+    return read_damages(table, allocator) if table else sweep(model, allocator.candidates, windows)
+
+
+def sweep(
+    model: Model, candidates: Mapping[str, Sequence[str]], windows: Tensor | None, plain: bool = False
+) -> Damages:
+    """Nats per token for every tensor and each of its grids; windows as for `swept`, plain for plain rounding."""
     from whit.pipeline.sensitivity import sensitivities  # it imports transformers, which takes seconds
 
     if windows is None:
         windows, _ = calibration_windows(model, SWEPT)
     some = torch.linspace(0, len(windows) - 1, min(SWEPT, len(windows))).round().long()
     with progress_bar("sensitivities") as progress:
-        return sensitivities(model, allocator.candidates, windows[some], progress=progress)
+        return sensitivities(model, candidates, windows[some], progress=progress, plain=plain)
 
 
 def best_file(
@@ -149,15 +157,37 @@ def write_damages(damages: Damages, path: Path) -> None:
 
 def read_damages(path: Path, allocator: Allocator) -> Damages:
     """The result of a sweep that was kept. Raises RecipeError when it does not belong to the allocator's model."""
+    found = read_table(path)
+    for name, grid in allocator.kept.items():
+        if isinstance(grid_named(grid), Float):
+            found.setdefault(name, {}).setdefault(grid, 0.0)  # moves every prediction alike, and no choice
+    check_table(path, found, {name: (grid,) for name, grid in allocator.kept.items()})
+    if any(not set(grids) <= set(found.get(name, {})) for name, grids in allocator.candidates.items()):
+        raise RecipeError(f"{path}: not what `whit plan --save` writes for this model. Run it again.")
+    return found
+
+
+def check_table(path: Path, table: Damages, candidates: Mapping[str, Sequence[str]]) -> None:
+    """Raise RecipeError when a sweep has no figure for a tensor on one of its grids."""
+    for name, grids in candidates.items():
+        for grid in grids:
+            if grid not in table.get(name, {}):
+                raise RecipeError(
+                    f"{path}: does not say what {name} loses on {grid}. Run `whit plan --save` with the same --keep, "
+                    "or leave --table."
+                )
+
+
+def read_table(path: Path) -> dict[str, dict[str, float]]:
+    """What a sweep has found. Raises RecipeError for a file that is not what `whit plan --save` writes."""
     try:
         found: Any = json.loads(path.read_text())["nats_per_token"]
-        complete = all(set(grids) <= set(found[name]) for name, grids in allocator.candidates.items())
         given = [each for grids in found.values() for each in grids.values()]
         numbers = all(type(each) in (int, float) and 0 <= each < math.inf for each in given)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        complete = numbers = False
-    if not (complete and numbers):
+        numbers = False
+    if not numbers:
         raise RecipeError(f"{path}: not what `whit plan --save` writes for this model. Run it again.")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +15,13 @@ from rich.table import Table
 from whit.checkpoints.atomic import check_target
 from whit.cli.budget import check_damages, frontier_sizes, swept, write_damages
 from whit.cli.calibration import CALIB_HELP, calibration_windows
+from whit.cli.keep import KEEP_HELP, TYPES_HELP, check_types, types_of
 from whit.cli.progress import progress_bar
+from whit.errors import RecipeError
 from whit.models.open import open_model
 from whit.pipeline.allocate import Allocation, Allocator
 from whit.pipeline.effort import PRESETS
+from whit.pipeline.targets import GGUF, LAYOUTS
 
 SWEPT = 8  # windows
 
@@ -34,13 +38,20 @@ def command(
     check: Annotated[
         int, typer.Option(min=0, help="Also measure so many predictions, one tensor on one grid each.")
     ] = 0,
+    keep: Annotated[list[str] | None, typer.Option("--keep", help=KEEP_HELP)] = None,
+    format_: Annotated[str, typer.Option("--format", help=f"Of the output: one of {', '.join(LAYOUTS)}.")] = GGUF,
+    types: Annotated[str | None, typer.Option(help=TYPES_HELP)] = None,
     json: Annotated[bool, typer.Option("--json", help="Exact figures.")] = False,
 ) -> None:
     """Predict what a model loses at every size, so that you can choose one."""
+    if format_ not in LAYOUTS:
+        raise RecipeError(f"--format {format_} is not one of {', '.join(LAYOUTS)}.")
     opened = open_model(model)
     if save:
         check_target(save, 0, overwrite=True)  # before any work
-    allocator = Allocator(opened)
+    chosen_from = types_of(types, format_)
+    allocator = Allocator(opened, "feedback", chosen_from, format_, keep or ())
+    check_types(allocator, chosen_from)
     ids = None
     if table is None or check:
         ids, source = calibration_windows(opened, windows, calib)
@@ -66,9 +77,12 @@ def command(
         _print_checked(console, checked)
     elif table is None:
         console.print(f"\nPredicted on {source}.", soft_wrap=True)
-    kept = f" --table {save}" if save else ""
+    table_ = f" --table {save}" if save else ""
+    kept = "".join(f" --keep {shlex.quote(each)}" for each in keep or ())
+    kept += f" --types {types}" if types else ""
+    out = "-o OUT.gguf" if format_ == GGUF else f"--format {format_} -o OUT"
     some = found[len(found) // 2]
-    console.print(f"Next: whit quantize {model} --fit {some.n_bytes}{kept} -o OUT.gguf", soft_wrap=True)
+    console.print(f"Next: whit quantize {model} --fit {some.n_bytes}{table_}{kept} {out}", soft_wrap=True)
 
 
 def _print(console: Console, allocator: Allocator, found: list[Allocation]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,17 @@ from whit.checkpoints.atomic import check_folder, check_target, moved, whole_fil
 from whit.checkpoints.imatrix import read_imatrix
 from whit.cli.budget import best_file, file_bytes, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, shared_out
+from whit.cli.keep import (
+    KEEP_HELP,
+    SALIENT_HELP,
+    TYPES_HELP,
+    check_rules,
+    check_types,
+    keeping,
+    kept_lines,
+    raising,
+    types_of,
+)
 from whit.cli.progress import progress_bar
 from whit.errors import OutputError, RecipeError
 from whit.models.model import Model
@@ -26,9 +37,11 @@ from whit.models.open import open_model
 from whit.pipeline.allocate import Allocator
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.folder import plan_model, write_model
+from whit.pipeline.keep import check_kept, family
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
 from whit.pipeline.quantize import Result
-from whit.pipeline.targets import GGUF, INTEGERS
+from whit.pipeline.salient import Salient, parse_share
+from whit.pipeline.targets import GGUF, LAYOUTS
 from whit.recipes.files import read_recipe, write_recipe
 from whit.recipes.folders import EXAMPLES, folder_recipe
 from whit.recipes.named import RECIPES, recipe_named
@@ -36,7 +49,6 @@ from whit.recipes.recipe import Recipe
 from whit.rounding.methods import METHODS, check_rounding
 from whit.rounding.nearest import ROUNDINGS
 
-LAYOUTS = (GGUF, *INTEGERS)
 N_WORST = 3  # tensors named after a run
 CALIB_DEFAULTS = ", ".join(f"`{preset.text}` for {name}" for name, preset in PRESETS.items())
 ROUNDING_HELP = (
@@ -57,6 +69,7 @@ def command(
     format_: Annotated[
         str, typer.Option("--format", help=f"With --fit, --bpw or --max-kl: one of {', '.join(LAYOUTS)}.")
     ] = GGUF,
+    types: Annotated[str | None, typer.Option(help=TYPES_HELP)] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="With --fit: room for this many tokens of context must be left.")
     ] = None,
@@ -71,7 +84,7 @@ def command(
     ] = 0,
     table: Annotated[
         Path | None,
-        typer.Option(help="With --fit, --bpw or --max-kl: a file of `whit plan --save`, for no sweep."),
+        typer.Option(help="With --fit, --bpw, --max-kl or --salient: a file of `whit plan --save`, for no sweep."),
     ] = None,
     save_recipe: Annotated[Path | None, typer.Option(help="Write the recipe, tensor by tensor, to this JSON file.")] = (
         None
@@ -95,6 +108,8 @@ def command(
         list[str] | None,
         typer.Option("--set", help="'pattern=grid' for some tensors, such as 'blk.*.ffn_down=q6_k'; may be repeated."),
     ] = None,
+    keep: Annotated[list[str] | None, typer.Option("--keep", help=KEEP_HELP)] = None,
+    salient: Annotated[str | None, typer.Option(help=SALIENT_HELP)] = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every tensor that it fits, the head too.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
@@ -104,17 +119,24 @@ def command(
     check_rounding(rounding)
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
-    _check_request(recipe, fit, bpw, max_kl, context, table, repair, pure, settings, format_, distil, minutes)
+    _check_request(recipe, fit, bpw, max_kl, context, repair, pure, settings, format_, distil, minutes)
+    check_rules(recipe is not None, salient, types, table)
     opened = open_model(model)
     chosen: Recipe | None = None
     plan: Plan | None = None
     if recipe is not None:
         chosen = _recipe(recipe, rounding, pure, settings or ())
+        chosen, held = keeping(opened, chosen, keep or (), rounding)
         plan, n_bytes = plan_model(opened, chosen)
+        check_kept(plan, held)
+        better = Salient(opened, chosen, held, rounding, parse_share(salient)) if salient else None
         layout = chosen.layout
     else:
         layout = format_
-        allocator = Allocator(opened, rounding, layout=layout)
+        chosen_from = types_of(types, layout)
+        allocator = Allocator(opened, rounding, chosen_from, layout, keep or ())
+        check_types(allocator, chosen_from)
+        held, better = allocator.kept, None
         n_bytes = allocator.most if max_kl is not None else file_bytes(opened, allocator, fit, bpw, context)
         allocator.check(n_bytes)
     if layout != GGUF and imatrix:
@@ -127,7 +149,7 @@ def command(
     if table is not None and recipe is None:
         read_damages(table, allocator)
     calibration, unseen = None, None
-    if plan is None or any(step.needs_moments for step in plan.steps):
+    if plan is None or better or any(step.needs_moments for step in plan.steps):
         calibration, unseen = _calibration(opened, preset, calib, windows, imatrix, bool(repair) or max_kl is not None)
         console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
     if distil:
@@ -136,8 +158,11 @@ def command(
         held_out, train = distilling.texts(console, opened, calib)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         written = Path(folder) / out.name if distil else out
+        text = None if calibration is None or imatrix else calibration.windows
+        if chosen is not None and better is not None:
+            chosen, raised = raising(console, opened, better, text, table)
+            held = {**held, **raised}
         if chosen is None:
-            text = None if calibration is None or imatrix else calibration.windows
             damages = swept(opened, allocator, text, table)
             if unseen is not None:
                 result = best_file(console, allocator, damages, n_bytes, max_kl, repair, calibration, unseen, folder)
@@ -150,7 +175,7 @@ def command(
                 result = write_model(opened, chosen, written, force, progress, calibration)
         if recipe is None and max_kl is None:
             console.print(f"Of {n_bytes:,} bytes {result.n_bytes:,} are used.")
-        print_result(console, replace(result, path=out))
+        print_result(console, replace(result, path=out), held)
         if distil:
             distilling.write(console, opened, open_model(written), out, held_out, train, distil, minutes, force)
         if save_recipe:
@@ -210,7 +235,6 @@ def _check_request(
     bpw: float | None,
     max_kl: float | None,
     context: int | None,
-    table: Path | None,
     repair: int,
     pure: bool,
     settings: list[str] | None,
@@ -224,8 +248,6 @@ def _check_request(
         raise RecipeError(f"Say what is wanted by exactly one of {', '.join(wanted)}.")
     if context is not None and fit is None:
         raise RecipeError("--context says how much of --fit is not for the file; give both.")
-    if table is not None and recipe is not None:
-        raise RecipeError("--table saves the sweep of --fit, --bpw and --max-kl; a recipe needs none.")
     if minutes is not None and not distil:
         raise RecipeError("--minutes ends --distil; give both.")
     if repair and fit is None and bpw is None:
@@ -246,8 +268,8 @@ def _recipe(name: str, rounding: str, pure: bool, settings: Sequence[str]) -> Re
     return read_recipe(Path(name))
 
 
-def print_result(console: Console, result: Result) -> None:
-    """The file, its size, what every type holds, and every exception with its reason."""
+def print_result(console: Console, result: Result, held: Mapping[str, str] | None = None) -> None:
+    """The file, its size, what every type holds, what was kept, and every exception with its reason."""
     plan = result.plan
     console.print(
         f"{result.path}: {result.n_bytes / 1e6:.2f} MB, {result.bits_per_weight:.2f} bits per weight, "
@@ -263,13 +285,13 @@ def print_result(console: Console, result: Result) -> None:
         n_bytes = sum(step.n_bytes for step in steps)
         table.add_row(kind, str(len(steps)), f"{n_weights:,}", f"{n_bytes / 1e6:.2f}")
     console.print(table)
-    for line in (*exception_lines(plan), *loss_lines(result.losses)):
+    for line in (*kept_lines(plan, held or {}), *exception_lines(plan), *loss_lines(result.losses)):
         console.print(line, soft_wrap=True)
 
 
 def exception_lines(plan: Plan) -> list[str]:
     """One line per reason and kind of tensor, such as `F32: 30 x blk.*.attn_norm.weight (a norm)`."""
-    groups = Counter((step.type, _family(step.tensor.name), step.exception) for step in plan.exceptions)
+    groups = Counter((step.type, family(step.tensor.name), step.exception) for step in plan.exceptions)
     return [f"  not by the recipe, {kind}: {n} x {family} ({reason})" for (kind, family, reason), n in groups.items()]
 
 
@@ -282,9 +304,9 @@ def loss_lines(losses: tuple[TensorLoss, ...]) -> list[str]:
     worst = sorted(measured, key=lambda each: -each.loss / each.plain)[:N_WORST]
     named = ", ".join(f"{each.name} {each.loss / each.plain:.2f}" for each in worst)
     lines = [f"Squared output error of the layers: {total:.3f} of plain rounding's (least gained: {named})."]
-    notes = Counter((_family(each.name), each.note) for each in losses if each.note)
+    notes = Counter((family(each.name), each.note) for each in losses if each.note)
     lines += [f"  note: {n} x {family}: {note}" for (family, note), n in notes.items()]
-    dead = Counter(_family(each.name) for each in losses if each.n_dead)
+    dead = Counter(family(each.name) for each in losses if each.n_dead)
     lines += [f"  note: {n} x {family} had inputs that the text never woke" for family, n in dead.items()]
     return lines
 
@@ -301,10 +323,6 @@ def _write_report(path: Path, result: Result, calibration: Calibration | None) -
     raw = json.dumps(content, indent=1).encode()
     with whole_file(path, len(raw), overwrite=True) as file:
         file.write(raw)
-
-
-def _family(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _source_types(model: Model) -> list[str]:

@@ -173,6 +173,7 @@ def grid_name(grid: Grid) -> str:
                 if (
                     grid.scale_dtype == stored
                     and isinstance(known, Scaled)
+                    and (known.scale_dtype in DTYPES.values() or grid.unit != 1)  # mxfp4 says its scales itself
                     and replace(known, scale_dtype=stored) == grid
                 ):
                     return f"{name}:{dtype}"

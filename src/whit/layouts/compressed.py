@@ -50,21 +50,28 @@ class CompressedTensors:
     format: str
     dense: bool = True
 
+    def _as(self, grid: Grid) -> str:
+        """The format whose tensors these are: NAIVE is a label alone."""
+        if self.format != NAIVE:
+            return self.format
+        return FLOAT if isinstance(grid, Scaled) and grid.levels == FP8_LEVELS else INT
+
     def refuses(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Why a [out, in] matrix on a grid has no place here; None when it has."""
         if not isinstance(grid, Scaled) or grid.offset is Offset.MINIMUM:
             return "compressed-tensors holds one level of scales with zero points or none"
-        if self.format == MXFP4:
+        form = self._as(grid)
+        if form == MXFP4:
             fits = grid.levels == FP4_LEVELS and grid.scheme == PerGroup(32)
-        elif self.format == NVFP4:
+        elif form == NVFP4:
             fits = grid.levels == FP4_LEVELS and grid.scheme == PerGroup(16)
             fits = fits and grid.scale_dtype == torch.float8_e4m3fn
-        elif self.format == FLOAT:
+        elif form == FLOAT:
             fits = grid.levels == FP8_LEVELS and grid.offset is Offset.NONE
         else:
-            fits = isinstance(grid.levels, Integers) and (self.format == PACKED or grid.levels.bits == 8)
+            fits = isinstance(grid.levels, Integers) and (form == PACKED or grid.levels.bits == 8)
         if not fits:
-            return f"{self.format} does not hold this grid"
+            return f"{self.format} does not hold this grid; compressed-tensors has integers, fp8, mxfp4 and nvfp4"
         if self.format != NVFP4 and grid.unit != 1:
             return f"{self.format} has no global scale"
         if self.format not in (MXFP4, NVFP4) and grid.scale_dtype not in SCALES:
@@ -84,10 +91,10 @@ class CompressedTensors:
         if self.format == NVFP4:
             packed, overall = Spec((rows, cols // 2), torch.uint8), Spec((1,), torch.float32)
             return {"weight_packed": packed, "weight_scale": Spec(blocks, scale.dtype), "weight_global_scale": overall}
-        if self.format == FLOAT:
+        if self._as(grid) == FLOAT:
             return {"weight": Spec(shape, torch.float8_e4m3fn), "weight_scale": Spec(blocks, scale.dtype)}
         zero = grid.offset is Offset.ZERO_POINT
-        if self.format == INT:
+        if self._as(grid) == INT:
             found = {"weight": Spec(shape, torch.int8), "weight_scale": Spec(blocks, scale.dtype)}
             return found | ({"weight_zero_point": Spec(blocks, torch.int8)} if zero else {})
         bits = grid.levels.bits
@@ -115,9 +122,9 @@ class CompressedTensors:
                 return {"weight_packed": packed, "weight_scale": scale.view(torch.uint8)}
             overall = torch.tensor([1 / grid.unit], dtype=torch.float32)
             return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": overall}
-        if self.format == FLOAT:
+        if self._as(grid) == FLOAT:
             return {"weight": grid.levels.values(codes).to(torch.float8_e4m3fn), "weight_scale": scale}
-        if self.format == INT:
+        if self._as(grid) == INT:
             found = {"weight": _signed(codes), "weight_scale": scale}
             return found | ({"weight_zero_point": _signed(params["zero"])} if "zero" in params else {})
         bits = grid.levels.bits
@@ -197,14 +204,17 @@ class CompressedTensors:
         return values.flatten(1)[:, :cols].to(torch.uint8).contiguous()
 
 
-def format_of(grid: Scaled, activations: bool) -> str:
-    """The format that holds a grid, with or without quantized activations. Raises ValueError when none does."""
+def format_of(grid: Grid, activations: bool) -> str:
+    """The format that holds a grid, with or without quantized activations; for a grid that none holds, one of integers.
+
+    Weights in FP8 alone go by another label than those whose inputs are FP8 too.
+    """
+    if not isinstance(grid, Scaled):
+        return PACKED
     if grid.levels == FP4_LEVELS:
         return MXFP4 if grid.scale_dtype == torch.float8_e8m0fnu else NVFP4
     if grid.levels == FP8_LEVELS:
-        return FLOAT
-    if not isinstance(grid.levels, Integers):
-        raise ValueError(f"compressed-tensors has no format for {grid}")
+        return FLOAT if activations else NAIVE
     return INT if activations else PACKED
 
 

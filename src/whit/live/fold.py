@@ -50,7 +50,7 @@ def pairs_of(model: nn.Module, call: Call) -> list[Pair]:
     twins = {
         name: each
         for name, each in model.named_modules()
-        if isinstance(each, QLinear | QConv1D) and each.frozen is None and each.fixed is None
+        if isinstance(each, QLinear | QConv1D) and each.alone and each.frozen is None and each.fixed is None
     }
     made: dict[str, tuple[Tensor, Tensor]] = {}  # norm -> what it was given and what it returned
     given: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ Replacing is done in place and by structure: what a module computes decides, not
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -29,6 +30,7 @@ from whit.live.inputs import Inputs
 from whit.live.modules import QConv1D, QEmbedding, QLinear, quantize_outputs
 from whit.live.report import Left, Replaced, Report
 from whit.live.run import Batch, Call, calls_of
+from whit.live.salient import Beside, check_salient, split, squares_of
 from whit.live.stored import Frozen, Stored
 from whit.live.twin import Ties, Twin
 from whit.live.types import fitted, type_named
@@ -52,6 +54,7 @@ def quantize(
     exclude: Patterns = None,
     *,
     method: str = "nearest",
+    salient: float | None = None,
     calibration: Text | None = None,
     tokenizer: Callable[..., Any] | None = None,
     preset: str = "fast",
@@ -65,7 +68,9 @@ def quantize(
     exclude      likewise; wins
     method       how codes are chosen: "nearest" from the range of a group, "search" for the least squared error,
                  "feedback" for the least error at the layer's output on the calibration text (docs/rounding.md)
-    calibration  for "feedback": token ids [n, length] int64, batches as the model takes them, or texts
+    salient      share of the input channels of every linear layer, such as 0.01, that stay float beside the codes:
+                 those with the largest second moment times the norm of their column on the calibration text
+    calibration  for "feedback" and `salient`: token ids [n, length] int64, batches as the model takes them, or texts
     tokenizer    for texts
     preset       how much work "feedback" does
     progress     told (steps done, steps in all, what)
@@ -79,7 +84,11 @@ def quantize(
     names = [name for name, _ in model.named_modules()]
     if include is not None and not any(_matches(name, include, True) for name in names):
         raise RecipeError(f"include={include!r} matches no module; {names[-1]!r} is one.")
-    calls = _calls(method, calibration, tokenizer, preset)
+    if salient is not None and grid is None:
+        raise RecipeError("salient= keeps channels beside codes: give weights=, too.")
+    if salient is not None and grid is not None:
+        check_salient(salient, grid)
+    calls = _calls(method, calibration, tokenizer, preset, salient is not None)
     replaced: list[Replaced] = []
     left: list[Left] = []
     twins: dict[int, nn.Module] = {}  # a module that is used twice is replaced once
@@ -93,8 +102,11 @@ def quantize(
         for name, parameter in model.named_parameters():  # before anything is changed
             if parameter.dim() in (2, 3) and chosen(name.rpartition(".")[0]):
                 _check(name, parameter)
+    squares: dict[str, Tensor] = {}
+    if salient is not None and grid is not None:
+        squares = squares_of(model, _splittable(model, chosen), calls or ())
     for name, module in list(model.named_modules()):
-        if isinstance(module, Twin | QExperts | Stored | Inputs | nn.ModuleList | nn.ModuleDict):
+        if isinstance(module, Twin | Beside | QExperts | Stored | Inputs | nn.ModuleList | nn.ModuleDict):
             continue
         if module is model and not _is_norm(module):
             twin: tuple[nn.Module | None, Replaced] | str = "the model itself: nothing holds it, so nothing replaces it"
@@ -106,6 +118,10 @@ def quantize(
                 left.append(Left(name, type(module).__name__, own, twin))
             continue
         made, found = twin
+        if salient is not None and name in squares and isinstance(made, QLinear | QConv1D):
+            made = split(made, squares[name], salient)
+            notes = found.note, f"{made.columns.numel()} inputs in float"
+            found = replace(found, note="; ".join(filter(None, notes)))
         weight = module._parameters.get("weight")
         first = homes.setdefault(id(weight), name) if weight is not None else name
         if first != name and found.weights:
@@ -165,18 +181,17 @@ def n_bytes(model: nn.Module) -> int:
 
 
 def _calls(
-    method: str, calibration: Text | None, tokenizer: Callable[..., Any] | None, preset: str
+    method: str, calibration: Text | None, tokenizer: Callable[..., Any] | None, preset: str, salient: bool
 ) -> list[Call] | None:
     if method not in METHODS:
         raise RecipeError(f"There is no method called {method!r} for live models. Known: {', '.join(METHODS)}.")
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known: {', '.join(PRESETS)}.")
-    if method != FLOORED:
+    if method != FLOORED and not salient:
         return None
     if calibration is None:
-        raise RecipeError(
-            'method="feedback" rounds for what arrives at the layers: give it calibration=, ids or texts.'
-        )
+        what = 'method="feedback" rounds' if method == FLOORED else "salient= chooses channels"
+        raise RecipeError(f"{what} for what arrives at the layers: give it calibration=, ids or texts.")
     if isinstance(calibration, str):
         calibration = [calibration]
     if not isinstance(calibration, Tensor | Mapping) and calibration and isinstance(calibration[0], str):
@@ -187,6 +202,18 @@ def _calls(
     if not calls:
         raise RecipeError("The calibration text is empty.")
     return calls
+
+
+def _splittable(model: nn.Module, chosen: Callable[[str], bool]) -> dict[str, nn.Module]:
+    """Linear layers with a matrix of their own: a tied one is read elsewhere, too."""
+    shared = Counter(id(each) for module in model.modules() for each in module._parameters.values() if each is not None)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
+        and chosen(name)
+        and shared[id(module._parameters.get("weight"))] == 1
+    }
 
 
 def _searched(twins: Mapping[str, Twin]) -> None:

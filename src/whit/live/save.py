@@ -29,8 +29,9 @@ from whit.kernels.packed import Packed
 from whit.live.checkpoint import empty_model, live_checkpoint
 from whit.live.experts import QExperts
 from whit.live.inputs import Inputs
-from whit.live.modules import quantize_outputs
+from whit.live.modules import QConv1D, QLinear, quantize_outputs
 from whit.live.quantize import swap, twin_of
+from whit.live.salient import Beside
 from whit.live.stored import Frozen
 from whit.live.twin import Ties, Twin
 from whit.models.model import Model
@@ -141,7 +142,11 @@ def map_of(model: nn.Module) -> dict[str, dict[str, Any]]:
             }
             inputs = cast(Twin, cast(nn.ModuleList, next(iter(module.stacks.values())))[0]).inputs
             found[name] = {"experts": grids, "activations": inputs.kind if inputs else None}
-        elif isinstance(module, Twin) and not _of_experts(model, name):
+        elif isinstance(module, Beside):
+            kind = module.rest.inputs.kind if module.rest.inputs else None
+            n = module.columns.numel()
+            found[name] = {"grid": _named(module.rest.grid), "activations": kind, "salient": n}
+        elif isinstance(module, Twin) and module.alone and not _of_experts(model, name):
             found[name] = {"grid": _named(module.grid), "activations": module.inputs.kind if module.inputs else None}
         elif getattr(module, "quantized", False) is True:
             found[name] = {"outputs": cast(Inputs, module.outputs).kind}
@@ -183,11 +188,20 @@ def shape_as(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None
             if isinstance(found, str) or found[0] is None:
                 raise ModelError(f"{name} cannot be on {entry['grid']} ({found}).")
             twin = found[0]
+            if "salient" in entry:
+                twin = _empty_beside(twin, int(entry["salient"]))
         for each in twin.modules():
             if isinstance(each, Twin):
                 ties.freeze(each, lambda each=each: _empty(each.grid, each.matrix.shape))  # type: ignore[misc]
         made[id(module)] = twin
     swap(model, made)
+
+
+def _empty_beside(twin: nn.Module, n: int) -> Beside:
+    if not isinstance(twin, QLinear | QConv1D):
+        raise ModelError(f"{type(twin).__name__} has no input channels beside it.")
+    side = torch.empty((twin.matrix.shape[0], n), dtype=twin.weight.dtype, device="meta")
+    return Beside(twin, torch.empty(n, dtype=torch.int64, device="meta"), side)
 
 
 def _empty(grid: Grid, shape: torch.Size) -> Frozen:

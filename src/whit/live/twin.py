@@ -70,6 +70,7 @@ class Twin(nn.Module):
     active  whether the matrix is seen rounded
     learner  what is trained in the place of the parameter, None for the parameter itself
     lent    a decoded matrix that is multiplied with, whatever else is there, while a training loop says so
+    alone   whether it is all of its layer (live/salient.py): else no factor may be folded into its columns
     """
 
     turned = False  # whether the parameter is [in, out]
@@ -78,7 +79,7 @@ class Twin(nn.Module):
         """weight  the original's own parameter, shared with whatever it is tied to."""
         super().__init__()
         self._parameters["weight"] = cast(nn.Parameter, weight)  # a property has the name
-        self.grid, self.active = grid, True
+        self.grid, self.active, self.alone = grid, True, True
         self.inputs = None if inputs is None else Inputs(inputs)
         self.frozen: Frozen | None = None
         self.fixed: Stored | None = None

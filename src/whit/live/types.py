@@ -24,7 +24,9 @@ qint2 = grid_named("int2-g64-asym")
 qfloat8 = qfloat8_e4m3 = GRIDS["fp8"]
 qfloat8_e5m2 = GRIDS["fp8-e5m2"]
 nf4 = GRIDS["nf4-g64"]
+fp4 = grid_named("fp4-g64")
 mxfp4 = GRIDS["mxfp4"]
+nvfp4 = GRIDS["nvfp4"]
 codebook4 = Codebook(4)
 codebook3 = Codebook(3)
 codebook2 = Codebook(2)
@@ -39,13 +41,15 @@ TYPES: dict[str, Grid] = {
     "qfloat8_e4m3fn": qfloat8_e4m3,
     "qfloat8_e5m2": qfloat8_e5m2,
     "nf4": nf4,
+    "fp4": fp4,
     "mxfp4": mxfp4,
+    "nvfp4": nvfp4,
     "codebook4": codebook4,
     "codebook3": codebook3,
     "codebook2": codebook2,
 }
 SIZES = (128, 64, 32, 16, 8)  # groups that are tried where the one that is asked for does not divide a row
-BLOCKS = (mxfp4, GRIDS["nvfp4"])  # whose groups are part of what they are
+BLOCKS = (mxfp4, nvfp4)  # whose groups are part of what they are
 FLOAT8 = {torch.float8_e4m3fn: qfloat8, torch.float8_e5m2: qfloat8_e5m2}
 
 

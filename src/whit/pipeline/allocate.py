@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from whit.errors import RecipeError
+from whit.grids.floats import Float
+from whit.grids.named import grid_named
 from whit.models.model import Model
+from whit.pipeline.keep import check_together, kept
 from whit.pipeline.targets import GGUF, target_of
 from whit.recipes.budget import Choice, NoSolutionError, Solution, smallest, solve
 from whit.recipes.recipe import Recipe
@@ -40,26 +43,44 @@ class Allocator:
 
     model       as it was given
     candidates  tensor -> names of grids
+    kept        tensor -> the only grid that it may be on
     n_weights   weights in the output
     least       bytes of the smallest output there is
     most        bytes of the largest
     """
 
     def __init__(
-        self, model: Model, rounding: str = "feedback", grids: Sequence[str] | None = None, layout: str = GGUF
+        self,
+        model: Model,
+        rounding: str = "feedback",
+        grids: Sequence[str] | None = None,
+        layout: str = GGUF,
+        keep: Sequence[str] = (),
     ) -> None:
         """From headers alone.
 
         grids   the only ones to choose from; a matrix that none of them fits keeps all of its own
         layout  of the output: "gguf", or one of the folders of recipes/folders.py
+        keep    settings such as `lm_head=f16` (keep.py): the budget is spent on the other tensors
+        Raises RecipeError for settings that cannot be met.
         """
-        self.model, self._target = model, target_of(model, layout, rounding)
+        self.model, self._target = model, target_of(model, layout, rounding, grids)
         self.candidates = {
             name: tuple(grid for grid in names if not grids or grid in grids) or names
             for name, names in self._target.candidates.items()
         }
+        asked = kept(model, keep, layout) if keep else {}
+        # A folder's embeddings and head are floats unless something else is asked for.
+        self.kept = {
+            name: grid
+            for name, grid in asked.items()
+            if name in self.candidates or not isinstance(grid_named(grid), Float)
+        }
+        self.candidates |= {name: (grid,) for name, grid in self.kept.items()}
         self.n_weights = self._target.n_weights
         together = {name: group for group in self._target.groups for name in group}
+        if self._target.groups:
+            check_together({name: self.kept.get(name, "") for name in self.candidates}, self.kept)
         self._items = list(dict.fromkeys(together.get(name, (name,)) for name in self.candidates))
         self._choices = [self._common(item) for item in self._items]
         sizes = [[self._bytes(item, grid) for grid in grids_] for item, grids_ in self._pairs()]

@@ -42,8 +42,9 @@ class FolderPlanner:
             rules[tensor.name] = self._recipe.rule_for(names)
         sizes = self._sizes(rules)
         steps = [self._step(tensor, rules[tensor.name], sizes) for tensor in self._view.tensors]
-        if not any(not isinstance(step.grid, Float) for step in steps) and any(
-            not isinstance(grid_named(rule.grid), Float) for rule in rules.values()
+        wanted = [tensor.name for tensor in self._view.tensors if not tensor.keep_float]
+        if all(isinstance(step.grid, Float) for step in steps) and any(
+            not isinstance(grid_named(rules[name].grid), Float) for name in wanted
         ):
             reasons = {step.exception for step in steps if step.exception and not step.tensor.keep_float}
             raise RecipeError(f"Recipe {self._recipe.name} quantizes nothing here: {'; '.join(sorted(reasons))}.")
@@ -73,7 +74,7 @@ class FolderPlanner:
         if grid in sizes and isinstance(fitted, Scaled) and fitted.scheme != PerGroup(sizes[grid]):
             fitted = replace(fitted, scheme=PerGroup(sizes[grid]))
             reason = f"groups of {sizes[grid]}, because this format has one size for all"
-        shape = _matrix(tensor)
+        shape = matrix_shape(tensor)
         schema = self._form.layout(fitted, bool(self._recipe.activations)).schema(fitted, shape)
         n_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in schema.values())
         return Step(tensor, integer_name(fitted), fitted, n_bytes, rule.rounding, reason)
@@ -82,7 +83,7 @@ class FolderPlanner:
         """The grid for this matrix, None for float; and why it is not the one of the recipe."""
         if isinstance(grid, Float) or tensor.keep_float:
             return None, ""
-        rows, cols = _matrix(tensor)
+        rows, cols = matrix_shape(tensor)
         candidates = [self._scaled(grid, as_is)]
         if isinstance(grid, Scaled) and isinstance(grid.scheme, PerGroup):
             sizes = [size for size in SMALLER if size < grid.scheme.size]
@@ -110,6 +111,6 @@ class FolderPlanner:
         )
 
 
-def _matrix(tensor: GGUFTensor) -> tuple[int, int]:
+def matrix_shape(tensor: GGUFTensor) -> tuple[int, int]:
     """(rows, cols) of one matrix; of a stack of experts, all rows."""
     return math.prod(tensor.shape[:-1]), tensor.shape[-1]

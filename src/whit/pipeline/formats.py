@@ -20,12 +20,11 @@ from whit.grids.named import grid_name
 from whit.grids.quantized import QuantizedTensor
 from whit.grids.scaled import Offset, PerChannel, PerGroup, Scaled
 from whit.layouts.awq import AWQ
-from whit.layouts.compressed import FLOAT, INT, MXFP4, NAIVE, NVFP4, PACKED, CompressedTensors, format_of
+from whit.layouts.compressed import MXFP4, NVFP4, CompressedTensors, format_of
 from whit.layouts.gptq import GPTQ
 from whit.layouts.native import Native
 from whit.recipes import folders
 
-WITH_ACTIVATIONS = {PACKED: INT, NAIVE: FLOAT}
 INPUTS: dict[str, dict[str, Any]] = {
     folders.INT8_TOKENS: {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     folders.FP8_TOKENS: {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
@@ -132,9 +131,7 @@ def _awq_config(said: Said) -> dict[str, Any]:
 
 
 def _compressed(grid: Grid, activations: bool, zero_points: bool = True) -> CompressedTensors:
-    assert isinstance(grid, Scaled)
-    form = format_of(grid, activations)
-    return CompressedTensors(NAIVE if form == FLOAT and not activations else form)
+    return CompressedTensors(format_of(grid, activations))
 
 
 def _compressed_config(said: Said) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from whit.checkpoints.gguf import Announced
@@ -34,8 +34,12 @@ BLOCKS = ("mxfp4", "iq4_nl", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16")
 INTEGERS = {
     folders.COMPRESSED: tuple(f"int{bits}-g{size}" for bits in range(2, 9) for size in (128, 64, 32)),
     folders.GPTQ: tuple(f"int{bits}-g{size}" for bits in (2, 3, 4, 8) for size in (128, 64, 32)),
-    folders.WHIT: (*SUPERBLOCKS[:-1], *BLOCKS[:-1], *(f"int{bits}-g{size}" for bits in (2, 3, 6) for size in (64, 32))),
+    folders.WHIT: (
+        *(*SUPERBLOCKS[:-1], *BLOCKS[:-1], "nf4-g64", "nf4-g32", "nvfp4"),
+        *(f"int{bits}-g{size}" for bits in (2, 3, 6) for size in (64, 32)),
+    ),
 }
+LAYOUTS = (GGUF, *INTEGERS)
 FUSED = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))  # one matrix each in vLLM
 OUTER = ("token_embd.weight", "output.weight")
 SUMMARY = "a grid of its own for every matrix"
@@ -77,11 +81,12 @@ class Target(Protocol):
 class GGUFTarget:
     """A GGUF file. Its header does not depend on the choices, so that bytes add up exactly."""
 
-    def __init__(self, model: Model, rounding: str) -> None:
+    def __init__(self, model: Model, rounding: str, grids: Sequence[str] | None = None) -> None:
+        """grids  to choose from, instead of the usual ones"""
         view = model_view(model)
         self._model, self._rounding = model, rounding
         self._tensors = {tensor.name: tensor for tensor in view.tensors if not tensor.keep_float}
-        self.candidates, self.groups = candidates(view), list[tuple[str, ...]]()
+        self.candidates, self.groups = candidates(view, grids), list[tuple[str, ...]]()
         self.n_weights = sum(tensor.n_weights for tensor in view.tensors)
         some = {name: grids[0] for name, grids in self.candidates.items()}
         self._others = predicted_bytes(model, self.recipe(some)) - sum(self.stored(*each) for each in some.items())
@@ -118,14 +123,15 @@ class GGUFTarget:
 class FolderTarget:
     """A folder for GPUs: weight files are counted, embeddings and head stay in float."""
 
-    def __init__(self, model: Model, layout: str, rounding: str) -> None:
+    def __init__(self, model: Model, layout: str, rounding: str, grids: Sequence[str] | None = None) -> None:
+        """grids  to choose from, instead of those that every version of the runtimes runs"""
         view = model_view(model)
-        self._model, self._layout, self._rounding = model, layout, rounding
+        self._model, self._layout, self._rounding, self._asked = model, layout, rounding, grids
         self._form = FOLDERS[layout]
-        self._tensors = {t.name: t for t in view.tensors if not t.keep_float and t.name not in OUTER}
+        self._tensors = {t.name: t for t in view.tensors if not t.keep_float}
         self.n_weights = sum(tensor.n_weights for tensor in view.tensors)
-        self.candidates = {name: self._grids(tensor) for name, tensor in self._tensors.items()}
-        self.groups = _fused(list(self._tensors)) if layout != folders.WHIT else []
+        self.candidates = {name: self._grids(t) for name, t in self._tensors.items() if name not in OUTER}
+        self.groups = fused(list(self.candidates)) if layout != folders.WHIT else []
 
     def stored(self, name: str, grid: str) -> int:
         """Codes, scales and what else the layout has."""
@@ -154,32 +160,38 @@ class FolderTarget:
 
     def _grids(self, tensor: GGUFTensor) -> tuple[str, ...]:
         found = []
-        for name in dict.fromkeys(INTEGERS[self._layout]):
+        for name in dict.fromkeys(self._asked or INTEGERS[self._layout]):
             grid = grid_named(name)
             if self._form.layout(grid, False).refuses(grid, _matrix(tensor)) is None:
                 found.append(name)
-        return (*found, "f16")
+        return (*found, "f16") if "f16" not in found else tuple(found)
 
 
-def target_of(model: Model, layout: str, rounding: str) -> Target:
-    """The target for a layout. Raises RecipeError for one without a choice."""
-    return GGUFTarget(model, rounding) if layout == GGUF else FolderTarget(model, layout, rounding)
+def target_of(model: Model, layout: str, rounding: str, grids: Sequence[str] | None = None) -> Target:
+    """The target for a layout, with grids that somebody asked for or the usual ones."""
+    return GGUFTarget(model, rounding, grids) if layout == GGUF else FolderTarget(model, layout, rounding, grids)
 
 
-def candidates(view: GGUFView) -> dict[str, tuple[str, ...]]:
-    """For every matrix of a GGUF file the grids that it may be stored on, by the length of its rows."""
-    return {tensor.name: _blocks(tensor) for tensor in view.tensors if not tensor.keep_float}
+def candidates(view: GGUFView, grids: Sequence[str] | None = None) -> dict[str, tuple[str, ...]]:
+    """For every matrix of a GGUF file the grids that it may be stored on, by the length of its rows.
+
+    grids  those that somebody asked for; a matrix that none of them fits has the usual ones
+    """
+    return {tensor.name: _blocks(tensor, grids or ()) for tensor in view.tensors if not tensor.keep_float}
 
 
-def _blocks(tensor: GGUFTensor) -> tuple[str, ...]:
+def _blocks(tensor: GGUFTensor, asked: Sequence[str]) -> tuple[str, ...]:
+    known = dict.fromkeys((*SUPERBLOCKS, *BLOCKS, *asked))
+    if found := tuple(name for name in known if name in asked and not tensor.shape[-1] % _type(name).block):
+        return found
     for names in (SUPERBLOCKS, BLOCKS):
         if not tensor.shape[-1] % _type(names[0]).block:
             return names
     return ("f16",)
 
 
-def _fused(names: list[str]) -> list[tuple[str, ...]]:
-    """Which of these must agree, block by block."""
+def fused(names: list[str]) -> list[tuple[str, ...]]:
+    """Which of these GGUF tensors must be on the same grid, block by block, because vLLM multiplies them as one."""
     found: dict[tuple[str, int], list[str]] = {}
     for name in names:
         match = re.fullmatch(r"(blk\.\d+\.)(\w+)\.weight", name)

@@ -7,6 +7,7 @@
     fp8                                compressed-tensors, FP8 per channel, activations FP8 per token
     w8a8-static, fp8-static            the same with one fixed scale per layer for activations, from calibration
     mxfp4, nvfp4                       compressed-tensors, FP4 in groups of 32 with powers of two, of 16 with FP8 scales
+    nf4, fp4                           Whit's own layout, in groups of 64 with a half-precision scale
     whit-<grid>                        Whit's own layout, any grid
 
 Embeddings and head stay in float: these runtimes want it so.
@@ -36,6 +37,8 @@ EXAMPLES = (
     "w2a16-g64",
     "mxfp4",
     "nvfp4",
+    "nf4",
+    "fp4",
 )
 GPTQ, AWQ, COMPRESSED, WHIT = "gptq", "awq", "compressed-tensors", "whit"
 FLOAT = "float"  # a folder as transformers writes it
@@ -56,6 +59,7 @@ _SINGLE = {
     "mxfp4": ("mxfp4", ""),
     "nvfp4": ("nvfp4", ""),
 }
+_OWN = {"nf4": "nf4-g64", "fp4": "fp4-g64"}  # that no public format of folders holds
 
 
 def folder_recipe(name: str, rounding: str = "nearest", settings: Sequence[str] = ()) -> Recipe | None:
@@ -82,6 +86,8 @@ def _named(key: str, rounding: str) -> Recipe | None:
     if key in _SINGLE:
         grid, activations = _SINGLE[key]
         return _recipe(key, COMPRESSED, grid, rounding, activations)
+    if key in _OWN:
+        return _recipe(key, WHIT, _OWN[key], rounding)
     if key.startswith("whit-"):
         return _recipe(key, WHIT, key.removeprefix("whit-"), rounding)
     return None
