@@ -49,6 +49,9 @@ def command(
     rank: Annotated[int, typer.Option(min=1, help="With --train lora.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Steps of Adam.")] = 300,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 4,
+    block_steps: Annotated[
+        int, typer.Option(min=0, help="Steps in every block on its own, before; with a teacher.")
+    ] = 100,
     rate: Annotated[float, typer.Option(min=0, help="How far codes move at first, in steps of the grid.")] = 0.01,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop after about so many minutes.")] = None,
     checkpoints: Annotated[
@@ -67,7 +70,17 @@ def command(
     console = Console(highlight=False, markup=False)
     if qat is not None and teacher is not None:
         raise RecipeError("With --qat FILE itself is the teacher: leave --teacher out.")
-    tuning = Tuning(train, steps, batch, rate=rate, rank=rank, seed=seed, minutes=minutes, checkpoints=checkpoints)
+    tuning = Tuning(
+        train,
+        steps,
+        batch,
+        block_steps=block_steps,
+        rate=rate,
+        rank=rank,
+        seed=seed,
+        minutes=minutes,
+        checkpoints=checkpoints,
+    )
     original: Model | None
     start: Path | None
     if qat is not None:
@@ -88,10 +101,10 @@ def command(
     if start is not None:
         _remove(start)
     measure = "KL" if original is not None else "loss"
-    if found.steps:
+    if found.changed:
         console.print(
             f"Trained: {measure} {found.before:.4g} -> {found.after:.4g} (± {found.error:.2g}) on text that was not "
-            f"trained on, after {found.steps} steps; {found.moved:.1%} of the codes moved; {found.seconds:.0f} s.",
+            f"trained on, after {found.blocks} blocks and {found.steps} steps; {found.moved:.1%} of the codes moved; {found.seconds:.0f} s.",
             soft_wrap=True,
         )
     else:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from whit.grids.lattice import Lattice
 from whit.grids.quantized import QuantizedTensor
 from whit.grids.scaled import Scaled
 from whit.grids.superblock import Superblock
-from whit.live.experts import QExpert, QExperts
+from whit.live.chain import chain_of, states_of
+from whit.live.experts import QExpert
 from whit.live.fold import Pair, fold, pairs_of
 from whit.live.modules import QEmbedding
 from whit.live.run import Call, hooked, unrounded
@@ -50,7 +51,7 @@ def feedback(
     """
     tell = progress or (lambda done, total, what: None)
     pairs = pairs_of(model, calls[0]) if effort.rescale else []
-    chain = _chain(model, calls[0])
+    chain = chain_of(model, calls[0])
     blocks = [] if chain is None else list(chain)
     inside = [{name: each for name, each in twins.items() if _within(block, each)} for block in blocks]
     rest = {name: each for name, each in twins.items() if not any(name in one for one in inside)}
@@ -58,7 +59,7 @@ def feedback(
     with unrounded(model):
         if blocks:
             assert chain is not None
-            states = _states(model, chain, calls)
+            states = states_of(model, chain, calls)
             for k, (block, own) in enumerate(zip(blocks, inside, strict=True)):
                 tell(k, total, f"block {k}")
                 _round(own, [pair for pair in pairs if _within(block, pair.norm)], partial(states.run, block), effort)
@@ -196,89 +197,6 @@ class _Seen:
         moments.add(x.detach().flatten(0, -2))
         moments.settle()
         self._last = [*self._last[-3:], (x, moments)]  # q, k and v come one after the other
-
-
-class _Recorder(nn.Module):
-    """Stands where a block stood."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.given = args, kwargs
-        return args[0] if args else kwargs["hidden_states"]
-
-
-@dataclass
-class _State:
-    """Where one call is: what every block is called with, and the hidden states that the next one is given."""
-
-    hidden: Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-@dataclass
-class _States:
-    blocks: list[nn.Module]
-    calls: list[_State]
-
-    def run(self, block: nn.Module) -> None:
-        for state in self.calls:
-            self._called(block, state)
-
-    def advance(self, block: nn.Module) -> None:
-        with torch.no_grad():
-            for state in self.calls:
-                state.hidden = self._called(block, state)
-
-    def _called(self, block: nn.Module, state: _State) -> Tensor:
-        index = next(k for k, each in enumerate(self.blocks) if each is block)
-        args, kwargs = state.arguments[index]
-        out = block(state.hidden, *args[1:], **kwargs) if args else block(**{**kwargs, "hidden_states": state.hidden})
-        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
-
-
-def _chain(model: nn.Module, call: Call) -> nn.ModuleList | None:
-    """The longest list of modules that are handed each other's hidden states; None when there is none."""
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) > 0]
-    for candidate in sorted(lists, key=len, reverse=True):
-        if not any(isinstance(each, Twin | QExperts) for block in candidate for each in block.modules()):
-            continue
-        try:
-            state = _record(model, candidate, call)
-        except (TypeError, AttributeError, KeyError, RuntimeError, ValueError):
-            continue  # what stands in for a block is not one to this model
-        if state is not None:
-            return candidate
-    return None
-
-
-def _record(model: nn.Module, blocks: nn.ModuleList, call: Call) -> _State | None:
-    """What every block is called with when the blocks before it do nothing; None when that is no chain."""
-    originals, recorders = dict(blocks._modules), [_Recorder() for _ in blocks]
-    for key, recorder in zip(originals, recorders, strict=True):
-        blocks._modules[key] = recorder
-        for name, value in originals[key].__dict__.items() if originals[key] is not None else ():
-            if name not in recorder.__dict__ and not name.startswith("_"):
-                recorder.__dict__[name] = value  # such as attention_type, which some models read from their blocks
-    try:
-        with torch.no_grad():
-            call(model)
-    finally:
-        blocks._modules.update(originals)
-    given = [recorder.given for recorder in recorders]
-    if any(each is None for each in given):
-        return None
-    first = [args[0] if args else kwargs.get("hidden_states") for args, kwargs in cast(Any, given)]
-    if not isinstance(first[0], Tensor) or any(each is not first[0] for each in first):
-        return None
-    return _State(first[0].clone(), cast(Any, given))
-
-
-def _states(model: nn.Module, blocks: nn.ModuleList, calls: Sequence[Call]) -> _States:
-    states = [cast(_State, _record(model, blocks, call)) for call in calls]
-    return _States(list(blocks), states)
 
 
 def _within(block: nn.Module, module: nn.Module) -> bool:

@@ -127,6 +127,16 @@ class Learner(nn.Module):
             }
         return QuantizedTensor(self.grid, self.shape, codes, params)
 
+    def commit(self, codes: Tensor | None = None) -> None:
+        """Codes stay where they have come to, or where they are given; only scales move from now on."""
+        self.codes = self.quantized().codes if codes is None else codes
+        self.offset = self.A = self.B = None
+
+    @property
+    def moves_codes(self) -> bool:
+        """Whether codes are still free."""
+        return self.offset is not None or self.A is not None
+
     def forward(self) -> Tensor:
         """The decoded matrix [rows, cols] float32, differentiable by what moves."""
         return cast(Tensor, _Learned.apply(self, *self.moving()))

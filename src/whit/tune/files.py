@@ -65,17 +65,18 @@ def tune_file(
     types = dict.fromkeys(vectors_of(model), job.dtype) if job is not None else back.types()
     run = Run(model, learners, torch.cat([held_out, windows]), len(held_out), tuning, types)
     keeper.restore(run)
-    teacher = None if original is None else Teacher(live_model(original, torch.float32), run.ids, progress)
+    theirs = None if original is None else live_model(original, torch.float32)
+    teacher = None if theirs is None else Teacher(theirs, run.ids, progress)
     if job is not None:
-        found = run.train(teacher, progress, keeper.save)
+        found = run.train(teacher, theirs, progress, keeper.save)
         settle(model)
-        rewrite_folder(job, stored, path, overwrite, back if found.steps else None)
+        rewrite_folder(job, stored, path, overwrite, back if found.changed else None)
     else:
         assert candidate.gguf_tensors is not None
         with whole_file(path, candidate.gguf_tensors.n_bytes, overwrite) as file:
-            found = run.train(teacher, progress, keeper.save)
+            found = run.train(teacher, theirs, progress, keeper.save)
             settle(model)
-            rewrite_gguf(candidate.gguf_tensors, file, back if found.steps else None)
+            rewrite_gguf(candidate.gguf_tensors, file, back if found.changed else None)
     keeper.done()
     return found
 

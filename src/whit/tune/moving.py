@@ -9,12 +9,14 @@ Matrices that the model has in float stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from whit.errors import ModelError, RecipeError
 from whit.grids.grid import Grid
+from whit.grids.quantized import QuantizedTensor
 from whit.live.learner import Learner
 from whit.live.quantize import twins_of
 from whit.live.twin import Twin
@@ -22,6 +24,8 @@ from whit.live.twin import Twin
 SCALES, LORA, FULL = "scales", "lora", "full"
 KINDS = (SCALES, LORA, FULL)
 RANK = 16
+Own = Sequence[tuple[Learner, list[Twin]]]  # learners, and the twins that multiply with each
+Lent = Sequence[tuple[QuantizedTensor, Tensor]]  # what a learner has come to, and its decoded matrix
 
 
 def learn(model: nn.Module, train: str = FULL, rank: int = RANK, seed: int = 0) -> list[Learner]:
@@ -83,3 +87,37 @@ def vectors_of(model: nn.Module) -> Mapping[str, nn.Parameter]:
     learners = [each.learner for each in twins_of(model) if each.learner is not None]
     own = {id(each) for learner in learners for each in learner.parameters()}
     return {name: each for name, each in found.items() if id(each) not in own}
+
+
+def borrowers(model: nn.Module, learners: Sequence[Learner]) -> Own:
+    """Every learner and the twins that multiply with it."""
+    twins = list(twins_of(model))
+    return [(one, [each for each in twins if each.learner is one]) for one in learners]
+
+
+def lent(own: Own, gradients: bool) -> Lent:
+    """Layers multiply with what their learners have come to, until `give_back`."""
+    made: list[tuple[QuantizedTensor, Tensor]] = []
+    for learner, twins in own:
+        quantized = learner.quantized()
+        Q = quantized.dequantize().requires_grad_(gradients)
+        made.append((quantized, Q))
+        for twin in twins:
+            twin.lent = Q
+    return made
+
+
+def collect(own: Own, made: Lent) -> None:
+    """Gradients of what was lent become those of what moves."""
+    for (learner, _), (quantized, Q) in zip(own, made, strict=True):
+        G = torch.zeros_like(Q) if Q.grad is None else Q.grad
+        for value, gradient in zip(learner.moving(), learner.gradients(G, quantized), strict=True):
+            value.grad = gradient
+        Q.grad = None
+
+
+def give_back(own: Own) -> None:
+    """Nothing is lent any more."""
+    for _, twins in own:
+        for twin in twins:
+            twin.lent = None

@@ -1,0 +1,150 @@
+"""Codes trained block by block: every block learns to give what the original's block gives, on what it is really given.
+
+    loss of a block = mean over tokens of |block(x) - original block(x0)|^2 / (|original|^2 + their median)
+
+x are the hidden states behind the blocks that are finished, x0 the original's own. What one code does to the output of
+its block is seen far more clearly than what it does to the model's predictions: the same number of steps moves codes to
+better places here, where end to end it moves them to and fro. Tokens of enormous hidden states count like others.
+
+A block is kept as it was when it did not get better on windows that were not trained on.
+Source: arXiv 2407.11062 (EfficientQAT, block-wise training of all parameters); arXiv 2309.05516 (AutoRound).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import cos, pi
+
+import torch
+from torch import Tensor, nn
+
+from whit.live.chain import called, chain_of, states_of
+from whit.live.run import Call
+from whit.tune.halves import fast
+from whit.tune.moving import Own, collect, give_back, lent
+
+WARM = 5  # steps in which rates rise
+AT_ONCE = 4  # windows per forward pass that is not trained on
+
+
+class Blocks:
+    """The chains of a quantized model that learns and of its original.
+
+    n  how many blocks; 0 for a model without a chain
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, ids: Tensor, n_held: int) -> None:
+        """ids  [windows, length] int64, those that are not trained on first"""
+        self._ids, self._n_held = ids, n_held
+        call = Call((ids[:1],), {})
+        self._chain = chain_of(model, call)
+        self.n = 0
+        if self._chain is None:
+            return
+        name = next(name for name, each in model.named_modules() if each is self._chain)
+        theirs = dict(teacher.named_modules()).get(name)
+        if not isinstance(theirs, nn.ModuleList) or len(theirs) != len(self._chain):
+            return
+        self.n, self._theirs = len(theirs), theirs
+        self._arguments = [
+            states_of(model if own else teacher, each, [call]).calls[0].arguments
+            for own, each in ((True, self._chain), (False, theirs))
+        ]
+        windows = [Call((each[None],), {}) for each in ids]
+        self._reached = [each.hidden for each in states_of(model, self._chain, windows).calls]
+        self._original = [each.hidden for each in states_of(teacher, theirs, windows).calls]
+
+    def learners(self, index: int, borrowers: Own) -> Own:
+        """Those whose matrices are all in one block."""
+        assert self._chain is not None
+        inside = {id(each) for each in self._chain[index].modules()}
+        return [(one, twins) for one, twins in borrowers if all(id(each) in inside for each in twins)]
+
+    def train(
+        self,
+        index: int,
+        own: Own,
+        adam: torch.optim.Optimizer | None,
+        steps: int,
+        batch: int,
+        seed: int,
+    ) -> tuple[float, float]:
+        """Train one block and go on to the next; its loss on other windows before and after.
+
+        adam  of what moves in it; None only goes on
+        """
+        assert self._chain is not None
+        block = self._chain[index]
+        targets = [self._called(self._theirs[index], 1, index, some) for some in _some(self._original)]
+        self._original = [each for some in targets for each in some.split(1)]
+        before = after = 0.0
+        if adam is not None and own:
+            weights = self._weights()
+            before = self._loss(block, index, own, weights)
+            kept = [value.detach().clone() for learner, _ in own for value in learner.moving()]
+            rates = [group["lr"] for group in adam.param_groups]
+            order = torch.Generator().manual_seed(seed + index)
+            n = len(self._reached) - self._n_held
+            for step in range(steps):
+                chosen = (torch.randperm(n, generator=order)[:batch] + self._n_held).tolist()
+                share = min(1.0, (step + 1) / WARM) * 0.5 * (1 + cos(pi * step / steps))
+                for group, rate in zip(adam.param_groups, rates, strict=True):
+                    group["lr"] = rate * share
+                self._step(block, index, own, adam, chosen, weights)
+            after = self._loss(block, index, own, weights)
+            if not after < before:
+                after = before
+                for value, old in zip((v for learner, _ in own for v in learner.moving()), kept, strict=True):
+                    value.data.copy_(old)
+        with torch.no_grad(), fast(self._ids.device):
+            lent(own, False)
+            self._reached = [
+                each for some in _some(self._reached) for each in self._called(block, 0, index, some).split(1)
+            ]
+            give_back(own)
+        return before, after
+
+    def _step(
+        self,
+        block: nn.Module,
+        index: int,
+        own: Own,
+        adam: torch.optim.Optimizer,
+        chosen: list[int],
+        weights: list[Tensor],
+    ) -> None:
+        made = lent(own, True)
+        x = torch.cat([self._reached[n] for n in chosen])
+        with torch.enable_grad(), fast(self._ids.device):
+            out = called(block, self._arguments[0][index], x)
+        off = out.detach().float() - torch.cat([self._original[n] for n in chosen])
+        off *= torch.cat([weights[n] for n in chosen])[..., None]
+        out.backward(off.to(out.dtype))
+        collect(own, made)
+        give_back(own)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+
+    def _loss(self, block: nn.Module, index: int, own: Own, weights: list[Tensor]) -> float:
+        lent(own, False)
+        total = 0.0
+        with torch.no_grad(), fast(self._ids.device):
+            for n in range(self._n_held):
+                out = called(block, self._arguments[0][index], self._reached[n]).float()
+                total += ((out - self._original[n]).square().sum(-1) * weights[n]).mean().item()
+        give_back(own)
+        return total / max(1, self._n_held)
+
+    def _weights(self) -> list[Tensor]:
+        """[1, length] of every window: one over the size of the token's target."""
+        sizes = [each.float().square().sum(-1) for each in self._original]
+        median = torch.cat(sizes).median()
+        return [1 / (each + median) for each in sizes]
+
+    def _called(self, block: nn.Module, whose: int, index: int, hidden: Tensor) -> Tensor:
+        with torch.no_grad(), fast(self._ids.device):
+            return called(block, self._arguments[whose][index], hidden).float()
+
+
+def _some(hidden: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.cat(list(hidden[at : at + AT_ONCE])) for at in range(0, len(hidden), AT_ONCE)]
