@@ -132,7 +132,7 @@ def test_tied_layers_share_what_was_chosen(name: str) -> None:
     assert head.frozen is embedding.frozen
 
 
-@pytest.mark.parametrize("weights", ["codebook4", "codebook3", "codebook2"])
+@pytest.mark.parametrize("weights", ["kmeans4", "kmeans3", "kmeans2"])
 def test_grids_without_feedback_are_searched_with_the_weight_of_each_column(weights: str) -> None:
     x = correlated() * torch.logspace(-1, 1, 64)
     H = (x[0].T @ x[0]).double()

@@ -6,9 +6,9 @@ from whit.grids.named import grid_name, grid_named
 from whit.grids.scaled import PerChannel, PerGroup, Scaled
 from whit.live.types import (
     TYPES,
-    codebook3,
     fitted,
     grouped,
+    kmeans3,
     mxfp4,
     nf4,
     qfloat8,
@@ -43,7 +43,7 @@ def test_an_unknown_type_is_refused_with_the_names_there_are() -> None:
         type_named("qint5")
 
 
-@pytest.mark.parametrize(("grid", "size"), [(mxfp4, 64), (codebook3, 64), (qint4, 0), (grid_named("q4_k"), 64)])
+@pytest.mark.parametrize(("grid", "size"), [(mxfp4, 64), (kmeans3, 64), (qint4, 0), (grid_named("q4_k"), 64)])
 def test_groups_that_belong_to_a_type_cannot_be_changed(grid: Scaled, size: int) -> None:
     with pytest.raises(RecipeError):
         grouped(grid, size)
@@ -75,7 +75,7 @@ def test_rows_that_no_group_divides_get_one_scale() -> None:
 
 def test_one_scale_per_row_always_fits() -> None:
     assert fitted(qint8, 7) == (qint8, "")
-    assert fitted(codebook3, 7) == (codebook3, "")
+    assert fitted(kmeans3, 7) == (kmeans3, "")
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "q4_k", "iq2_xs"])

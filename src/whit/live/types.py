@@ -25,9 +25,9 @@ qfloat8 = qfloat8_e4m3 = GRIDS["fp8"]
 qfloat8_e5m2 = GRIDS["fp8-e5m2"]
 nf4 = GRIDS["nf4-g64"]
 mxfp4 = GRIDS["mxfp4"]
-codebook4 = Codebook(4)
-codebook3 = Codebook(3)
-codebook2 = Codebook(2)
+kmeans4 = Codebook(4)
+kmeans3 = Codebook(3)
+kmeans2 = Codebook(2)
 
 TYPES: dict[str, Grid] = {
     "qint8": qint8,
@@ -40,9 +40,9 @@ TYPES: dict[str, Grid] = {
     "qfloat8_e5m2": qfloat8_e5m2,
     "nf4": nf4,
     "mxfp4": mxfp4,
-    "codebook4": codebook4,
-    "codebook3": codebook3,
-    "codebook2": codebook2,
+    "kmeans4": kmeans4,
+    "kmeans3": kmeans3,
+    "kmeans2": kmeans2,
 }
 SIZES = (128, 64, 32, 16, 8)  # groups that are tried where the one that is asked for does not divide a row
 BLOCKS = (mxfp4, GRIDS["nvfp4"])  # whose groups are part of what they are
