@@ -43,10 +43,16 @@ def test_an_unknown_type_is_refused_with_the_names_there_are() -> None:
         type_named("qint5")
 
 
-@pytest.mark.parametrize(("grid", "size"), [(mxfp4, 64), (kmeans3, 64), (qint4, 0), (grid_named("q4_k"), 64)])
+@pytest.mark.parametrize(("grid", "size"), [(mxfp4, 64), (kmeans3, 0), (qint4, 0), (grid_named("q4_k"), 64)])
 def test_groups_that_belong_to_a_type_cannot_be_changed(grid: Scaled, size: int) -> None:
     with pytest.raises(RecipeError):
         grouped(grid, size)
+
+
+def test_tables_can_be_of_groups() -> None:
+    assert grouped(kmeans3, 32) == grid_named("kmeans3-g32")
+    assert fitted(grouped(kmeans3, 64), 96)[0] == grouped(kmeans3, 32)
+    assert fitted(grouped(kmeans3, 64), 50) == (kmeans3, "one table per row: no group divides 50 weights")
 
 
 def test_eight_bit_floats_are_those_of_torch() -> None:

@@ -34,7 +34,11 @@ BLOCKS = ("mxfp4", "iq4_nl", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16")
 INTEGERS = {
     folders.COMPRESSED: tuple(f"int{bits}-g{size}" for bits in range(2, 9) for size in (128, 64, 32)),
     folders.GPTQ: tuple(f"int{bits}-g{size}" for bits in (2, 3, 4, 8) for size in (128, 64, 32)),
-    folders.WHIT: (*SUPERBLOCKS[:-1], *BLOCKS[:-1], *(f"int{bits}-g{size}" for bits in (2, 3, 6) for size in (64, 32))),
+    folders.WHIT: (
+        *(*SUPERBLOCKS[:-1], *BLOCKS[:-1]),
+        *(f"int{bits}-g{size}" for bits in (2, 3, 6) for size in (64, 32)),
+        *(f"kmeans{bits}" for bits in (2, 3, 4)),
+    ),
 }
 FUSED = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))  # one matrix each in vLLM
 OUTER = ("token_embd.weight", "output.weight")

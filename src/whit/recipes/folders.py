@@ -8,6 +8,7 @@
     w8a8-static, fp8-static            the same with one fixed scale per layer for activations, from calibration
     mxfp4, nvfp4                       compressed-tensors, FP4 in groups of 32 with powers of two, of 16 with FP8 scales
     whit-<grid>                        Whit's own layout, any grid
+    uniform-4bit, kmeans-4bit, kl-4bit Whit's own layout, quantizers.py
 
 Embeddings and head stay in float: these runtimes want it so.
 """
@@ -20,6 +21,7 @@ from dataclasses import replace
 
 from whit.errors import RecipeError
 from whit.grids.named import ALIASES, GRIDS, grid_named
+from whit.recipes import quantizers
 from whit.recipes.named import override
 from whit.recipes.recipe import Recipe, Rule
 
@@ -36,6 +38,7 @@ EXAMPLES = (
     "w2a16-g64",
     "mxfp4",
     "nvfp4",
+    *quantizers.EXAMPLES,
 )
 GPTQ, AWQ, COMPRESSED, WHIT = "gptq", "awq", "compressed-tensors", "whit"
 FLOAT = "float"  # a folder as transformers writes it
@@ -82,6 +85,8 @@ def _named(key: str, rounding: str) -> Recipe | None:
     if key in _SINGLE:
         grid, activations = _SINGLE[key]
         return _recipe(key, COMPRESSED, grid, rounding, activations)
+    if quantizer := quantizers.quantizer_named(key):
+        return _recipe(key, WHIT, quantizer.grid, quantizer.rounding or rounding)
     if key.startswith("whit-"):
         return _recipe(key, WHIT, key.removeprefix("whit-"), rounding)
     return None
