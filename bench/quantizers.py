@@ -1,16 +1,19 @@
 """Uniform, k-means and KL quantizers compared: `python -m bench.quantizers [MODEL] [--bits 3 4] [--share -g64]`.
 
 The same calibration and report text for all, which do not overlap; one table per number of bits, one line per method,
-with the bytes of the quantized matrices (embeddings, head and norms stay as they are) and its seconds. `--speed`
-prints instead how many rows a minute exact k-means takes.
+with the bytes of the quantized matrices (embeddings, head and norms stay as they are) and its seconds. `--layers 3 12`
+prints instead, in a minute, the losses of the layers of some blocks, and `--speed` how many rows a minute exact k-means
+takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 from unittest.mock import patch
 
 import torch
@@ -20,14 +23,23 @@ from bench.peers import WORK
 from whit.calibration.text import default_text, documentation_text, windows
 from whit.evaluation.compare import compare_states, final_states
 from whit.grids.floats import Float
+from whit.grids.grid import Adaptive
 from whit.grids.kmeans import kmeans, lloyd
+from whit.grids.named import grid_named
+from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.open import open_model
+from whit.models.stream import BlockStream
+from whit.models.taps import watched
 from whit.models.tokenizer import load_tokenizer
 from whit.pipeline import calibrated, fisher
 from whit.pipeline.effort import PRESETS, Calibration
 from whit.pipeline.folder import FolderJob
+from whit.pipeline.inputs import Inputs, moments_of
+from whit.pipeline.quantize import model_view
 from whit.recipes.folders import folder_recipe
+from whit.rounding.curvature import curvature
+from whit.rounding.methods import Effort, rounded
 
 METHODS = {
     "uniform, feedback": ("int{}-asym", "feedback"),
@@ -53,6 +65,7 @@ def main() -> None:
     parser.add_argument("--preset", default="fast", help="how much work feedback does")
     parser.add_argument("--only", nargs="*", default=list(METHODS), help="methods by name")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, nargs="*", help="blocks whose layers' losses are compared, and no KL")
     parser.add_argument("--speed", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -62,6 +75,10 @@ def main() -> None:
     model = open_model(arguments.model)
     tokenizer = load_tokenizer(model)
     read = windows(tokenizer.encode(documentation_text("calibration").content), limit=arguments.read)
+    if arguments.layers:
+        for bits in arguments.bits:
+            layers(model, read, arguments.layers, bits)
+        return
     ids = windows(tokenizer.encode(default_text().content), limit=arguments.reported)
     WORK.mkdir(parents=True, exist_ok=True)
     reference = final_states(model, ids)
@@ -83,13 +100,55 @@ def main() -> None:
                 print(f"| {label} | {kl} | {found.perplexity:.2f} | {size:.2f} | {result.seconds:.0f} |", flush=True)
 
 
+LAYERS = {
+    "uniform, feedback": ("int{}-asym", "feedback", 1),
+    "uniform in groups of 32, feedback": ("int{}-g32", "feedback", 1),
+    "kmeans, second moments": ("kmeans{}", "weighted", 0),
+    "kmeans, feedback, refit, 1 sweep": ("kmeans{}", "feedback", 1),
+    "kmeans, feedback, refit, 8 sweeps": ("kmeans{}", "feedback", 8),
+}
+
+
+def layers(model: Model, read: Tensor, blocks: Sequence[int], bits: int) -> None:
+    """E = sum of (Q - W) H (Q - W)^T of every matrix of some blocks, as a share of that of the first method; no prefix
+    is quantized. The geometric mean over matrices, and bits per weight of the matrices together."""
+    view = model_view(model)
+    links, tensors = Links(view), {tensor.name: tensor for tensor in view.tensors}
+    stream, shares, stored, n = BlockStream(model, links.read), dict[str, list[float]](), dict[str, float](), 0
+    hidden = stream.start(read)
+    for index in range(max(blocks) + 1):
+        block, inputs = stream.fill(index), Inputs(stream.prefix(index))
+        for k, window in enumerate(hidden):
+            with watched(block, inputs.see):
+                hidden[k] = stream.run(index, window)
+            inputs.forget()
+        for name in links.gguf_names(stream.prefix(index)) if index in blocks else []:
+            if tensors[name].keep_float or len(tensors[name].shape) != 2:
+                continue
+            moments = moments_of(tensors[name].shape, inputs, links.slots(name))[0]
+            assert moments is not None
+            c, W, first = curvature(moments.H), tensors[name].read(), 0.0
+            n += W.numel()
+            for label, (grid_name, rounding, sweeps) in LAYERS.items():
+                grid = grid_named(grid_name.format(bits))
+                found, _ = rounded(rounding, W, cast(Adaptive, grid), c, Effort(sweeps=sweeps))
+                lost = found.loss.sum().item()
+                first = first or lost
+                shares.setdefault(label, []).append(math.log(lost / first))
+                stored[label] = stored.get(label, 0.0) + grid.bits_per_weight(W.shape[1]) * W.numel()
+        stream.empty(index)
+    print(f"\n| {bits} bits, blocks {blocks} | E | bits per weight |\n|---|---|---|")
+    for label, each in shares.items():
+        print(f"| {label} | {math.exp(sum(each) / len(each)):.3f} | {stored[label] / n:.2f} |", flush=True)
+
+
 def speed() -> None:
     """Rows a minute of 2,048 normal weights: exact at 2, 3, 4 and 8 bits, and Lloyd from one start."""
-    x = torch.randn(2000, 2048, generator=torch.Generator().manual_seed(0))
-    v = torch.rand(2000, 2048, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1000, 2048, generator=torch.Generator().manual_seed(0))
+    v = torch.rand(1000, 2048, generator=torch.Generator().manual_seed(1))
     print(f"| levels | exact, rows/min on {torch.get_num_threads()} threads | Lloyd, 20 steps |\n|---|---|---|")
     for bits in (2, 3, 4, 8):
-        n = 2000 if bits < 8 else 200
+        n = 1000 if bits < 8 else 100
         begun = time.perf_counter()
         levels = kmeans(x[:n], v[:n], 2**bits)
         exact = time.perf_counter() - begun
