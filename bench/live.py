@@ -41,7 +41,7 @@ METHODS = {
     "auto, smoothed": ("auto", True),
     "a scale per token": ("", False),
 }
-WEIGHTS = ("qint4", "int4-g32-asym", "int4-g64", "nf4-g64", "codebook4")
+WEIGHTS = ("qint4", "int4-g32-asym", "int4-g64", "nf4-g64", "kmeans4")
 QUANTO = ("optimum-quanto==0.2.7", "transformers==5.23.0", "accelerate")
 
 

@@ -73,7 +73,7 @@ def main() -> None:
         print(f"| {bits} | {' | '.join(cells)} |", flush=True)
 
 
-def _plain(W: Tensor, grid: Adaptive, c: Curvature, effort: Effort) -> QuantizedTensor:
+def _plain(W: Tensor, grid: Adaptive, c: Curvature, effort: Effort, F: Tensor | None = None) -> QuantizedTensor:
     return nearest(W, grid)
 
 

@@ -2,11 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.cli.app import run
 from whit.models.open import open_model
+from whit.models.skeleton import load_module
 
 
 @pytest.fixture
@@ -189,3 +191,41 @@ def test_what_salient_refuses(
 ) -> None:
     assert run(["quantize", str(llama), *arguments, "-o", str(tmp_path / "a.gguf")]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rounding", "grid"),
+    [
+        ("uniform-4bit", "nearest", "int4-asym"),
+        ("kmeans-4bit", "feedback", "kmeans4"),
+        ("K_M-3bit-g32", "fisher-feedback", "kmeans3-g32"),
+        ("kmeans-2bit-tensor", "fisher", "kmeans2-tensor"),
+        ("K_L-4bit", "nearest", "int4-asym"),
+        ("kl-output-4bit", "feedback", "int4-asym"),
+    ],
+)
+def test_quantizers_by_name_write_folders_that_are_read_back(
+    tmp_path: Path, recipe: str, rounding: str, grid: str
+) -> None:
+    save_tiny("llama", tmp_path / "model", vocab_size=TOY_VOCAB)
+    save_toy_tokenizer("llama", tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = ["--recipe", recipe, "--rounding", rounding, "--windows", "2", "--preset", "fast", "-o", str(out)]
+    assert run(["quantize", str(tmp_path / "model"), *arguments]) == 0
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "whit"
+    assert set(config["grids"].values()) == {grid}
+    ids = torch.arange(64)[None]
+    logits = [load_module(open_model(folder))(ids).logits for folder in (tmp_path / "model", out)]
+    assert (logits[1] - logits[0]).norm() < logits[0].norm()
+
+
+def test_fisher_information_is_not_in_an_importance_matrix(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--recipe", "q4_0", "--rounding", "fisher", "--imatrix", str(tmp_path / "none.gguf")]
+    assert run(["quantize", str(llama), *arguments, "-o", str(tmp_path / "a.gguf")]) == 2
+    assert "takes gradients on a text" in capsys.readouterr().err
+    arguments = ["--recipe", "kmeans-4bit", "--rounding", "kl", "-o", str(tmp_path / "b")]
+    assert run(["quantize", str(llama), *arguments]) == 2
+    assert "ranges of scales" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Levels learned per row: k-means in one dimension."""
+"""Levels learned per row, group or matrix: k-means in one dimension."""
 
 import itertools
 
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from whit.grids.codebook import Codebook
 from whit.grids.named import GRIDS, grid_name, grid_named
 from whit.grids.quantized import QuantizedTensor
-from whit.grids.scaled import PerChannel, integer_grid
+from whit.grids.scaled import PerChannel, PerGroup, PerTensor, integer_grid
+from whit.kernels.matmul import dequantize
 from whit.kernels.packed import pack, unpack
 from whit.layouts.native import Native
 from whit.rounding.nearest import Rounding, nearest, search
@@ -39,23 +40,23 @@ def test_levels_ascend_and_are_stored_in_half_precision(bits: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_two_levels_are_nearly_the_best_of_all_splits(seed: int) -> None:
+def test_two_levels_are_the_best_of_all_splits(seed: int) -> None:
     """In one dimension clusters are intervals: all splits of a sorted row can be tried."""
     W = normal(1, 40, seed)
     x = W[0].double().sort().values
     best = min(sum(((part - part.mean()) ** 2).sum().item() for part in (x[:cut], x[cut:])) for cut in range(1, len(x)))
     found = (nearest(W, Codebook(1)).dequantize() - W).square().sum().item()
-    assert best * 0.999 <= found <= best * 1.1
+    assert best * 0.999 <= found <= best * 1.001
 
 
-def test_four_levels_are_nearly_the_best_of_all_splits() -> None:
+def test_four_levels_are_the_best_of_all_splits() -> None:
     W = normal(1, 24, 3)
     x = W[0].double().sort().values
     best = min(
         sum(((part - part.mean()) ** 2).sum().item() for part in torch.tensor_split(x, list(cuts)) if len(part))
         for cuts in itertools.combinations(range(1, len(x)), 3)
     )
-    assert (nearest(W, Codebook(2)).dequantize() - W).square().sum().item() <= best * 1.25
+    assert (nearest(W, Codebook(2)).dequantize() - W).square().sum().item() <= best * 1.002
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -157,7 +158,43 @@ def test_bits_per_weight_are_those_of_the_tensors(bits: int) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_the_name_is_found_again(bits: int) -> None:
     assert grid_named(grid_name(Codebook(bits))) == Codebook(bits)
-    assert grid_named(f"codebook{bits}") == Codebook(bits)
+    assert grid_named(f"codebook{bits}") == grid_named(f"kmeans{bits}") == Codebook(bits)
+
+
+SHARES = ("", "-g32", "-tensor")
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_tables_of_any_share_are_found_stored_and_packed(bits: int, share: str) -> None:
+    grid, W = grid_named(f"kmeans{bits}{share}"), normal(19, 96)
+    assert grid_named(grid_name(grid)) == grid
+    quantized = nearest(W, grid)
+    for again in (unpack(pack(quantized)), Native().unpack(Native().pack(quantized), grid)):
+        assert torch.equal(again.codes, quantized.codes)
+        assert torch.equal(again.params["levels"], quantized.params["levels"])
+    assert torch.equal(dequantize(pack(quantized)), quantized.dequantize())
+    n_tables = {"": 19, "-g32": 19 * 3, "-tensor": 1}[share]
+    assert quantized.params["levels"].numel() == n_tables * 2**bits
+
+
+def test_a_group_has_the_levels_of_a_row_like_it() -> None:
+    W = normal(4, 96)
+    together, apart = nearest(W, Codebook(2, PerGroup(32))), nearest(W.view(12, 32), Codebook(2))
+    assert torch.equal(together.dequantize(), apart.dequantize().view(4, 96))
+    whole = nearest(W, Codebook(3, PerTensor()))
+    assert torch.equal(whole.dequantize(), nearest(W.view(1, -1), Codebook(3)).dequantize().view(4, 96))
+
+
+def test_finer_shares_lose_less() -> None:
+    W = normal(16, 256) * torch.logspace(-1, 1, 16)[:, None] * torch.linspace(0.2, 2, 256)
+    errors = [(nearest(W, grid_named(f"kmeans3{s}")).dequantize() - W).square().sum() for s in ("-g32", "", "-tensor")]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_groups_that_divide_no_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not divide into groups of 64"):
+        nearest(normal(2, 96), Codebook(2, PerGroup(64)))
 
 
 def test_other_widths_and_huge_levels_are_refused() -> None:
@@ -171,4 +208,4 @@ def test_other_widths_and_huge_levels_are_refused() -> None:
 def test_values_are_checked_against_the_grid() -> None:
     with pytest.raises(ValueError, match="levels"):
         QuantizedTensor(Codebook(2), (2, 8), torch.zeros(2, 8, dtype=torch.uint8), {"levels": torch.zeros(2, 5).half()})
-    assert "codebook4" in GRIDS
+    assert "kmeans4" in GRIDS

@@ -24,7 +24,7 @@ SOME = (
     "int2-g32", "int3-g64-asym", "q4_0", "q4_1", "int4-g128-asym", "int4", "int4-tensor", "iq4_nl", "mxfp4", "nvfp4",
     "q5_0", "q5_1", "int6-g64-asym", "int7", "q8_0", "int8", "int8-asym", "tq1_0", "tq2_0", "fp8",
     "q4_0:bf16", "int8:f32",
-    *(name for name in ("nf4-g64", "codebook2", "codebook3", "codebook4", "fp8-e5m2") if name in GRIDS),
+    *(name for name in ("nf4-g64", "kmeans2", "kmeans3", "kmeans4", "fp8-e5m2") if name in GRIDS),
 )  # fmt: skip
 
 
@@ -299,7 +299,7 @@ def test_the_name_of_the_kernels_is_known() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: products there are torch's own operations")
-@pytest.mark.parametrize("name", ["q4_0", "int8:f32", "int3-g32-asym", "nf4-g64", "codebook4", "q4_k"])
+@pytest.mark.parametrize("name", ["q4_0", "int8:f32", "int3-g32-asym", "nf4-g64", "kmeans4", "q4_k"])
 def test_a_cuda_device_computes_what_the_processor_does(name: str) -> None:
     W = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
     packed = pack(nearest(W, grid_named(name)))

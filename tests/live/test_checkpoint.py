@@ -19,7 +19,18 @@ from whit.recipes.named import recipe_named
 
 TOKENS = torch.tensor([random_tokens(24)])
 MODELS = ("llama", "llama-tied-biased", "gpt2", "mixtral", "gemma3_text", "phi3", "gpt_neox")
-FOLDERS = ("gptq-4bit-g32", "gptq-3bit-g32-asym", "awq-4bit-g32", "w4a16-g32", "w8a8", "fp8", "whit-int4-g32", "mxfp4")
+TABLES = ("kmeans-4bit", "kmeans-3bit-g32", "kmeans-2bit-tensor", "whit-int8-tensor")
+FOLDERS = (
+    "gptq-4bit-g32",
+    "gptq-3bit-g32-asym",
+    "awq-4bit-g32",
+    "w4a16-g32",
+    "w8a8",
+    "fp8",
+    "whit-int4-g32",
+    "mxfp4",
+    *TABLES,
+)
 
 
 def check(path: Path, tolerance: float = 1e-4) -> torch.nn.Module:
@@ -46,7 +57,7 @@ def check(path: Path, tolerance: float = 1e-4) -> torch.nn.Module:
 @pytest.mark.parametrize("kind", FOLDERS)
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
 def test_folders(name: str, kind: str, tmp_path: Path) -> None:
-    if name == "gpt2" and not kind.startswith(("gptq", "whit")):
+    if name == "gpt2" and not kind.startswith(("gptq", "whit", "kmeans")):
         pytest.skip("these formats do not quantize Conv1D")
     save_tiny(name, tmp_path / "model")
     recipe = folder_recipe(kind, "nearest")

@@ -70,7 +70,7 @@ def close_on_average(a: Tensor, b: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [*((name, kind) for name in NAMES for kind in ("qint8", "mxfp4")), ("mixtral", "codebook2")]
+    ("name", "kind"), [*((name, kind) for name in NAMES for kind in ("qint8", "mxfp4")), ("mixtral", "kmeans2")]
 )
 def test_experts_are_multiplied_rounded_frozen_or_not(name: str, kind: str) -> None:
     model = model_named(name)

@@ -133,8 +133,8 @@ def test_tied_layers_share_what_was_chosen(name: str) -> None:
     assert head.frozen is embedding.frozen
 
 
-@pytest.mark.parametrize("weights", ["codebook4", "codebook3", "codebook2"])
-def test_grids_without_feedback_are_searched_with_the_weight_of_each_column(weights: str) -> None:
+@pytest.mark.parametrize("weights", ["kmeans4", "kmeans3", "kmeans2", "kmeans2-g32", "kmeans3-tensor"])
+def test_tables_are_rounded_with_feedback(weights: str) -> None:
     x = correlated() * torch.logspace(-1, 1, 64)
     H = (x[0].T @ x[0]).double()
     errors = []
@@ -142,8 +142,8 @@ def test_grids_without_feedback_are_searched_with_the_weight_of_each_column(weig
         model = lone()
         W = model[0].weight.detach().clone()
         quantize(model, weights, method=method, calibration=[x])
-        errors.append(damage(model[0].seen().detach() - W, H.diagonal().diag()))
-    assert errors[1] < errors[0]
+        errors.append(damage(model[0].seen().detach() - W, H))
+    assert errors[1] < 0.7 * errors[0]
 
 
 @pytest.mark.parametrize("activations", [None, "qint8"])

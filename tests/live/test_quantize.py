@@ -375,7 +375,7 @@ def test_casting_never_touches_codes_or_scales(name: str, dtype: torch.dtype) ->
     close(after.float(), before, tolerance)
 
 
-@pytest.mark.parametrize("weights", ["qint8", "qint4", "nf4", "codebook3"])
+@pytest.mark.parametrize("weights", ["qint8", "qint4", "nf4", "kmeans3"])
 def test_generation_is_the_same_frozen_or_not(weights: str) -> None:
     model = tiny_model("llama")
     quantize(model, weights)
@@ -390,7 +390,7 @@ def test_generation_is_the_same_frozen_or_not(weights: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("weights", "activations"), [("qint8", "qint8"), ("qint4", None), ("codebook4", None)])
+@pytest.mark.parametrize(("weights", "activations"), [("qint8", "qint8"), ("qint4", None), ("kmeans4", None)])
 def test_a_frozen_block_compiles_whole(weights: str, activations: str | None, backend: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 64)).eval()
@@ -558,3 +558,36 @@ def test_without_native_code_everything_is_the_same(
         before = model(index)
         monkeypatch.setattr("whit.kernels.library.NATIVE", None)
         close(model(index), before, 0.03 if activations else 1e-5)  # codes of inputs flip on the last bit
+
+
+@pytest.mark.parametrize("weights", ["uniform4", "kmeans3", "kl4", "K_M-4bit-g32", "K_L-3bit", "kmeans2-tensor"])
+def test_quantizers_by_name_on_any_layer(weights: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 96), Conv1D(32, 96))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(ids)
+        report = quantize(model, weights)
+        seen = model(ids)
+        freeze(model)
+        after = model(ids)
+    assert len(report.replaced) == 3
+    assert torch.allclose(seen, after, atol=1e-5 * float(before.abs().max()))
+    assert (after - before).norm() < (0.9 if "2" in weights else 0.4) * before.norm()
+
+
+def test_kl_cuts_ranges_and_lets_nobody_else_choose_them() -> None:
+    W = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) ** 3
+    found = []
+    for weights in ("uniform3", "kl3"):
+        model = nn.Sequential(nn.Linear(512, 8))
+        with torch.no_grad():
+            model[0].weight.copy_(W)
+        quantize(model, weights)
+        found.append(model[0].quantized().params["scale"].float())
+    assert (found[1] <= found[0]).all()
+    assert (found[1] < found[0]).any()
+    with pytest.raises(RecipeError, match="chooses its ranges by kl"):
+        quantize(nn.Sequential(nn.Linear(8, 8)), "kl4", method="search")
+    with pytest.raises(RecipeError, match="ranges of scales"):
+        quantize(nn.Sequential(nn.Linear(8, 8)), "kmeans4", method="kl")

@@ -24,7 +24,7 @@ TRAINED = {
     "scale per row": qint8,
     "scale per matrix": grid_named("int8-tensor:f32"),
     "table": grid_named("nf4-g16:f32"),
-    "codebook": TYPES["codebook3"],
+    "codebook": TYPES["kmeans3"],
     "unit": grid_named("int8-g64@0.5:f32"),
 }
 
@@ -170,7 +170,7 @@ def test_training_lowers_a_loss_and_freezing_keeps_it(grid: Grid, inputs: str | 
 
 
 @pytest.mark.parametrize("inputs", [None, "int8", "fp8"])
-@pytest.mark.parametrize("grid", [TYPES["qint8"], TYPES["qint4"], TYPES["codebook3"], grid_named("q4_0:g_idx")])
+@pytest.mark.parametrize("grid", [TYPES["qint8"], TYPES["qint4"], TYPES["kmeans3"], grid_named("q4_0:g_idx")])
 def test_inputs_get_the_same_gradients_frozen_or_not(grid: Grid, inputs: str | None) -> None:
     twin = linear(grid, inputs)
     x, gradient = normal(4, 64), normal(4, 12, seed=1)

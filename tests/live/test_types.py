@@ -12,9 +12,9 @@ from whit.live.save import load, save
 from whit.live.types import (
     BLOCKS,
     TYPES,
-    codebook3,
     fitted,
     grouped,
+    kmeans3,
     mxfp4,
     nf4,
     qfloat8,
@@ -49,10 +49,16 @@ def test_an_unknown_type_is_refused_with_the_names_there_are() -> None:
         type_named("qint5")
 
 
-@pytest.mark.parametrize(("grid", "size"), [(mxfp4, 64), (codebook3, 64), (qint4, 0), (grid_named("q4_k"), 64)])
+@pytest.mark.parametrize(("grid", "size"), [(mxfp4, 64), (kmeans3, 0), (qint4, 0), (grid_named("q4_k"), 64)])
 def test_groups_that_belong_to_a_type_cannot_be_changed(grid: Scaled, size: int) -> None:
     with pytest.raises(RecipeError):
         grouped(grid, size)
+
+
+def test_tables_can_be_of_groups() -> None:
+    assert grouped(kmeans3, 32) == grid_named("kmeans3-g32")
+    assert fitted(grouped(kmeans3, 64), 96)[0] == grouped(kmeans3, 32)
+    assert fitted(grouped(kmeans3, 64), 50) == (kmeans3, "one table per row: no group divides 50 weights")
 
 
 def test_eight_bit_floats_are_those_of_torch() -> None:
@@ -81,7 +87,7 @@ def test_rows_that_no_group_divides_get_one_scale() -> None:
 
 def test_one_scale_per_row_always_fits() -> None:
     assert fitted(qint8, 7) == (qint8, "")
-    assert fitted(codebook3, 7) == (codebook3, "")
+    assert fitted(kmeans3, 7) == (kmeans3, "")
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "q4_k", "iq2_xs"])

@@ -4,7 +4,8 @@ import torch
 from whit.errors import RecipeError
 from whit.grids.named import GRIDS
 from whit.grids.scaled import Scaled
-from whit.rounding.nearest import ROUNDINGS, nearest, rounding_named, search
+from whit.rounding.named import ROUNDINGS, rounding_named
+from whit.rounding.nearest import nearest, search
 
 
 def heavy_tailed(rows: int, cols: int, seed: int = 0) -> torch.Tensor:

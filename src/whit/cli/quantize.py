@@ -46,14 +46,14 @@ from whit.recipes.files import read_recipe, write_recipe
 from whit.recipes.folders import EXAMPLES, folder_recipe
 from whit.recipes.named import RECIPES, recipe_named
 from whit.recipes.recipe import Recipe
-from whit.rounding.methods import METHODS, check_rounding
-from whit.rounding.nearest import ROUNDINGS
+from whit.rounding.methods import FISHER, METHODS
+from whit.rounding.named import ROUNDINGS, check_rounding
 
 N_WORST = 3  # tensors named after a run
 CALIB_DEFAULTS = ", ".join(f"`{preset.text}` for {name}" for name, preset in PRESETS.items())
 ROUNDING_HELP = (
-    f"One of: {', '.join([*ROUNDINGS, *METHODS])}. `nearest` and `search` need no calibration text; the others look at "
-    "what arrives at every layer."
+    f"One of: {', '.join([*ROUNDINGS, *METHODS])}. `nearest`, `search` and `kl` need no calibration text; the others "
+    "look at what arrives at every layer, those with `fisher` also at how much every weight matters to the predictions."
 )
 
 
@@ -139,6 +139,8 @@ def command(
         held, better = allocator.kept, None
         n_bytes = allocator.most if max_kl is not None else file_bytes(opened, allocator, fit, bpw, context)
         allocator.check(n_bytes)
+    if imatrix and rounding in FISHER:
+        raise RecipeError(f"--rounding {rounding} takes gradients on a text; an importance matrix has none.")
     if layout != GGUF and imatrix:
         raise RecipeError("--imatrix is for GGUF files; folders for GPUs are rounded on text.")
     if distil and chosen is not None and chosen.activations:

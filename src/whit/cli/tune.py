@@ -104,7 +104,8 @@ def command(
     if found.changed:
         console.print(
             f"Trained: {measure} {found.before:.4g} -> {found.after:.4g} (± {found.error:.2g}) on text that was not "
-            f"trained on, after {found.blocks} blocks and {found.steps} steps; {found.moved:.1%} of the codes moved; {found.seconds:.0f} s.",
+            f"trained on, after {found.blocks} blocks and {found.steps} steps; {found.moved:.1%} of the codes moved; "
+            f"{found.seconds:.0f} s.",
             soft_wrap=True,
         )
     else:

@@ -1,12 +1,11 @@
-"""Levels learned from the weights: every output channel has its own 2^b numbers, and a code says which.
+"""Levels learned from the weights: a row, a group or the whole matrix has its own 2^b numbers, and a code says which.
 
-    value[r, c] = levels[r, code[r, c]]
+    value[r, c] = levels[code[r, c]]      of the row, or the group of it, or the matrix
 
-The smallest sum of squared errors in one dimension is k-means; this is Lloyd's iteration, the simple version (weights
-of the errors as importances). It ends where it began if it begins badly: from quantiles, which crowd where most weights
-are, 16 levels of normal weights keep 1.4 times the error that they need. Levels of many are best as dense as the cube
-root of the weights' density, and that is the start here. There is no scale and no group: the table is the parameter.
-Source: arXiv 2306.07629 (SqueezeLLM); Lloyd 1982; Panter and Dite 1951 for the density of the levels.
+There is no scale: the table is the parameter. Which numbers leave the least weighted squared error is k-means in one
+dimension, which has an exact solution (kmeans.py); error feedback chooses codes on a table, and with codes chosen the
+best table under the layer's whole loss is a linear system (rounding/tables.py).
+Source: arXiv 2306.07629 (SqueezeLLM) for tables per row weighed by Fisher information.
 """
 
 from __future__ import annotations
@@ -17,18 +16,22 @@ import torch
 from torch import Tensor
 
 from whit.grids.grid import Params, Spec
+from whit.grids.kmeans import kmeans
+from whit.grids.scaled import PerChannel, PerGroup, PerTensor, Scheme, group_size_error
 
-ITERATIONS = 20
+PER_CHANNEL = PerChannel()
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """2^bits levels per row, ascending, stored in half precision.
+    """2^bits levels per row, group or matrix, ascending, stored in half precision.
 
-    bits  1..8
+    bits    1..8
+    scheme  which weights share a table
     """
 
     bits: int
+    scheme: Scheme = PER_CHANNEL
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -40,32 +43,48 @@ class Codebook:
         return 1
 
     @property
+    def n_levels(self) -> int:
+        """Of a table."""
+        return 2**self.bits
+
+    @property
     def row_independent(self) -> bool:
-        """Every row has its own table."""
-        return True
+        """False only when one table serves the whole matrix."""
+        return not isinstance(self.scheme, PerTensor)
 
     def spans(self, cols: int) -> tuple[int, ...]:
-        """The row."""
-        return (cols,)
+        """The group width, or the whole row."""
+        return (self.scheme.size,) if isinstance(self.scheme, PerGroup) else (cols,)
 
     def bits_per_weight(self, cols: int) -> float:
-        """Code bits and the row's share of its table."""
-        return self.bits + 16 * 2**self.bits / cols
+        """Code bits and the share of the table; that of a whole matrix counts as nothing."""
+        if isinstance(self.scheme, PerTensor):
+            return float(self.bits)
+        return self.bits + 16 * self.n_levels / self.spans(cols)[0]
 
     def code_spec(self, shape: tuple[int, int]) -> Spec:
         """uint8, one code per weight."""
         return Spec(shape, torch.uint8)
 
     def schema(self, shape: tuple[int, int]) -> dict[str, Spec]:
-        """`levels` [rows, 2^bits] half precision."""
-        return {"levels": Spec((shape[0], 2**self.bits), torch.float16)}
+        """`levels` half precision: [rows, 2^bits]; [1, 2^bits] per tensor; [rows, groups * 2^bits] per group.
+
+        Raises ValueError when groups do not divide the rows.
+        """
+        rows, cols = shape
+        size = self.spans(cols)[0]
+        if cols % size:
+            raise ValueError(group_size_error(cols, size))
+        if isinstance(self.scheme, PerTensor):
+            return {"levels": Spec((1, self.n_levels), torch.float16)}
+        return {"levels": Spec((rows, cols // max(1, size) * self.n_levels), torch.float16)}
 
     def fit(self, W: Tensor) -> Params:
         """Levels of least squared error, all weights alike."""
         return self._learned(W, torch.ones_like(W))
 
     def search(self, W: Tensor, weights: Tensor | None) -> Params:
-        """Levels of least weighted squared error."""
+        """Levels of least weighted squared error; weights [cols] or [rows, cols]."""
         return self.store(self._learned(W, torch.ones_like(W) if weights is None else weights.expand_as(W)))
 
     def store(self, params: Params) -> Params:
@@ -77,48 +96,46 @@ class Codebook:
 
     def round(self, W: Tensor, params: Params, weights: Tensor | None = None) -> Tensor:
         """uint8 codes of the nearest levels; a tie goes to the lower one."""
-        levels = params["levels"].float()
-        return torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, W.contiguous()).to(torch.uint8)
+        levels = params["levels"].float().reshape(-1, self.n_levels)  # [tables, levels]
+        codes = torch.searchsorted(middles(levels), self._blocks(W.contiguous()))
+        return codes.to(torch.uint8).view(W.shape)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """[rows, cols] float32."""
-        return params["levels"].float().gather(1, codes.long())
+        return params["levels"].float().gather(1, self.index(codes)).view(codes.shape)
+
+    def index(self, codes: Tensor) -> Tensor:
+        """Where each code's level lies in `levels` [n, m] as `schema` states: int64 [n, rows * cols // n]."""
+        if isinstance(self.scheme, PerTensor):
+            return codes.reshape(1, -1).long()
+        if isinstance(self.scheme, PerGroup):
+            group = torch.arange(codes.shape[1], device=codes.device) // self.scheme.size
+            return codes.long() + group * self.n_levels
+        return codes.long()
+
+    def tables(self, params: Params, rows: int) -> Tensor:
+        """The levels of every row's groups, float32 [rows, groups, 2^bits]."""
+        levels = params["levels"].float()
+        return levels.view(levels.shape[0], -1, self.n_levels).expand(rows, -1, -1)
 
     def _learned(self, W: Tensor, weights: Tensor) -> Params:
-        """Lloyd's iteration on every row; a level that nothing is nearest to stays where it is."""
-        x, order = W.float().contiguous().sort(1)
-        v = weights.float().gather(1, order).clamp(min=1e-30)
-        levels = _start(x, v, 2**self.bits)
-        for _ in range(ITERATIONS):
-            codes = torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, x)
-            mass = torch.zeros_like(levels).scatter_add_(1, codes, v)
-            total = torch.zeros_like(levels).scatter_add_(1, codes, v * x)
-            levels = torch.where(mass > 0, total / mass.clamp(min=1e-30), levels).sort(1).values
-        return {"levels": levels}
+        levels = kmeans(self._blocks(W.float()), self._blocks(weights), self.n_levels)  # [tables, levels]
+        return {"levels": levels.view(next(iter(self.schema(_shape(W)).values())).shape)}
+
+    def _blocks(self, matrix: Tensor) -> Tensor:
+        """[tables, weights that share one]."""
+        rows, cols = matrix.shape
+        if isinstance(self.scheme, PerTensor):
+            return matrix.reshape(1, rows * cols)
+        self.schema((rows, cols))  # divisibility
+        return matrix.reshape(-1, self.spans(cols)[0])
 
 
-def _start(x: Tensor, v: Tensor, n: int) -> Tensor:
-    """Levels [rows, n] as dense as the cube root of the density of x [rows, cols], ascending, with weights v.
-
-    Rows of n different values or fewer have these as their levels.
-    """
-    width = x[:, 1:] - x[:, :-1]  # [rows, cols - 1]
-    nth = _from_zero((width > 0).cumsum(1))  # [rows, cols], which of the different values
-    levels = x[:, -1:].repeat(1, n).scatter_(1, nth.clamp(max=n - 1), x)
-    many = nth[:, -1] >= n
-    if not many.any():
-        return levels
-    x, v, width = x[many], v[many], width[many]
-    density = (v[:, 1:] + v[:, :-1]).pow(1 / 3) * width.pow(-1 / 3)
-    total = torch.where(width > 0, density * width, 0).double().cumsum(1)
-    wanted = (torch.arange(n, device=x.device) + 0.5) / n * total[:, -1:]  # [rows, n]
-    at = torch.searchsorted(total, wanted)
-    before = _from_zero(total).gather(1, at)
-    share = ((wanted - before) / (total.gather(1, at) - before)).float()
-    levels[many] = x.gather(1, at) + width.gather(1, at) * share
-    return levels
+def middles(levels: Tensor) -> Tensor:
+    """Halfway between neighbouring levels [..., n]: [..., n - 1]; a number up to the i-th goes to level i."""
+    return (levels[..., 1:] + levels[..., :-1]) / 2
 
 
-def _from_zero(x: Tensor) -> Tensor:
-    """With a zero before every row."""
-    return torch.nn.functional.pad(x, (1, 0))
+def _shape(W: Tensor) -> tuple[int, int]:
+    rows, cols = W.shape
+    return rows, cols

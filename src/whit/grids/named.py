@@ -87,7 +87,8 @@ GRIDS: dict[str, Grid] = {
     "fp8-tensor": Scaled(FP8_LEVELS, PerTensor(), scale_dtype=torch.float32),
     "fp8-e5m2": Scaled(E5M2_LEVELS, PerChannel(), scale_dtype=torch.float32),
     "nf4-g64": Scaled(NF4_LEVELS, PerGroup(64)),
-    **{f"codebook{bits}": Codebook(bits) for bits in (2, 3, 4, 8)},
+    **{f"kmeans{bits}": Codebook(bits) for bits in (2, 3, 4, 8)},
+    **{f"kmeans{bits}{s}": Codebook(bits, _SCHEMES[s]) for s in ("-tensor", "-g64", "-g128") for bits in (2, 3, 4)},
 }
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -100,6 +101,7 @@ def grid_named(name: str) -> Grid:
     """
     plain, _, dtype = name.partition(":")
     plain, _, unit = plain.partition("@")
+    plain = f"kmeans{plain.removeprefix('codebook')}" if plain.startswith("codebook") else plain  # their first name
     grid = GRIDS.get(ALIASES.get(plain, plain)) or _composed(plain)
     if unit and isinstance(grid, Scaled):
         grid = replace(grid, unit=_unit(unit, name))
@@ -115,28 +117,29 @@ _TABLES = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "fp8": FP8_LEVELS, "fp8-e5m2": 
 
 def _composed(name: str) -> Grid | None:
     """A grid that has no line of its own, such as `int4-g16-min`: levels, groups, what is stored beside the scale."""
-    learned = re.fullmatch(r"codebook([1-8])", name)
-    if learned is not None:
-        return Codebook(int(learned[1]))
-    found = re.fullmatch(r"(int([2-8])|nf4|fp4|fp8|fp8-e5m2)(-g([1-9]\d*)|-tensor|)(-asym|-min|)", name)
-    if found is None or (found[5] and not found[2]):
+    found = re.fullmatch(r"(int([2-8])|kmeans([1-8])|nf4|fp4|fp8|fp8-e5m2)(-g([1-9]\d*)|-tensor|)(-asym|-min|)", name)
+    if found is None or (found[6] and not found[2]):
         return None
-    scheme = PerGroup(int(found[4])) if found[4] else _SCHEMES[found[3]]
-    if found[5] == "-min":
+    scheme = PerGroup(int(found[5])) if found[5] else _SCHEMES[found[4]]
+    if found[3]:
+        return Codebook(int(found[3]), scheme)
+    if found[6] == "-min":
         return Scaled(Integers(int(found[2]), 0), scheme, Offset.MINIMUM)
     if found[2]:
-        return integer_grid(int(found[2]), scheme, symmetric=not found[5])
+        return integer_grid(int(found[2]), scheme, symmetric=not found[6])
     return Scaled(_TABLES[found[1]], scheme)
 
 
 def _composition(grid: Scaled) -> str:
     """The name that `_composed` takes for a grid with half-precision scales, else its printed form."""
     levels = next((name for name, each in _TABLES.items() if each == grid.levels), f"int{grid.levels.bits}")
-    scheme = f"-g{grid.scheme.size}" if isinstance(grid.scheme, PerGroup) else ""
-    scheme = "-tensor" if isinstance(grid.scheme, PerTensor) else scheme
     offset = {Offset.NONE: "", Offset.ZERO_POINT: "-asym", Offset.MINIMUM: "-min"}[grid.offset]
-    name = levels + scheme + offset
+    name = levels + _suffix(grid.scheme) + offset
     return name if _composed(name) == grid else repr(grid)
+
+
+def _suffix(scheme: Scheme) -> str:
+    return f"-g{scheme.size}" if isinstance(scheme, PerGroup) else "-tensor" if isinstance(scheme, PerTensor) else ""
 
 
 def _unit(text: str, name: str) -> float:
@@ -161,7 +164,7 @@ def grid_name(grid: Grid) -> str:
         if known == grid:
             return name
     if isinstance(grid, Codebook):
-        return f"codebook{grid.bits}"
+        return f"kmeans{grid.bits}{_suffix(grid.scheme)}"
     if isinstance(grid, Indexed):
         return f"{grid_name(grid.base)}:{INDEX}"
     if isinstance(grid, Scaled):

@@ -104,7 +104,7 @@ class Scaled:
         rows, cols = shape
         per_row = cols // self.spans(cols)[0]
         if per_row * self.spans(cols)[0] != cols:
-            raise ValueError(_group_size_error(cols, self.spans(cols)[0]))
+            raise ValueError(group_size_error(cols, self.spans(cols)[0]))
         blocks = (1, 1) if isinstance(self.scheme, PerTensor) else (rows, per_row)
         schema = {"scale": Spec(blocks, self.scale_dtype)}
         if self.offset is Offset.ZERO_POINT:
@@ -282,7 +282,7 @@ def integer_grid(bits: int, scheme: Scheme, symmetric: bool, scale_dtype: torch.
     return Scaled(Integers(bits, 0), scheme, Offset.ZERO_POINT, scale_dtype)
 
 
-def _group_size_error(cols: int, size: int) -> str:
+def group_size_error(cols: int, size: int) -> str:
     """One sentence for rows that do not divide into groups, with the sizes that would."""
     fitting = [n for n in (16, 32, 64, 128, 256) if cols % n == 0]
     hint = f"groups of {', '.join(map(str, fitting))} fit" if fitting else "no usual group size fits"

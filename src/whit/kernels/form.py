@@ -2,8 +2,8 @@
 
 Three forms. **Tiles** hold every `Scaled` grid of 2 to 8 bits whose groups divide into blocks of columns: sixteen rows
 side by side, so that a vector register holds one row per lane and no sum runs across lanes. **Rows** hold grids with
-a table of levels per row, whose table then stays in a register. Everything else is **plain**: dense bits in the order
-of the codes, decoded by the grid itself.
+a table of levels per row, whose table then stays in a register; a table of the whole matrix is that of every row.
+Everything else is **plain**: dense bits in the order of the codes, decoded by the grid itself.
 
 Which form a matrix takes depends on its grid and shape alone, never on the machine.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whit.grids.codebook import Codebook
 from whit.grids.grid import Grid, Spec
 from whit.grids.lattice import Lattice
 from whit.grids.levels import Integers, Table
@@ -103,8 +104,8 @@ def form_of(grid: Grid, shape: tuple[int, int]) -> Form:
 def _form(grid: Grid, shape: tuple[int, int]) -> Form:
     rows, cols = shape
     plain = Form(Kind.PLAIN, rows, cols, _plain_bits(grid, shape), 1, -1, 1.0)
-    schema = grid.schema(shape)
-    if grid.step == 1 and schema.keys() == {"levels"} and plain.bits in (2, 3, 4):
+    grid.schema(shape)  # divisibility
+    if isinstance(grid, Codebook) and not isinstance(grid.scheme, PerGroup) and plain.bits in (2, 3, 4):
         form = replace(plain, kind=Kind.ROWS)
         return replace(form, group=form.padded)
     if not isinstance(grid, Scaled) or not 2 <= plain.bits <= 8:
@@ -160,7 +161,8 @@ def buffer_specs(grid: Grid, shape: tuple[int, int]) -> dict[str, Spec]:
         codes = Spec((-(-n // 8), form.bits), torch.uint8) if form.bits else spec
         return {"codes": codes, **schema}
     if form.kind is Kind.ROWS:
-        return {"codes": Spec((form.rows, form.padded * form.bits // 8), torch.uint8), **schema}
+        levels = Spec((form.rows, 2**form.bits), schema["levels"].dtype)
+        return {"codes": Spec((form.rows, form.padded * form.bits // 8), torch.uint8), "levels": levels}
     specs = {"codes": Spec((form.tiles, form.padded * form.bits * LANES // 8), torch.uint8)}
     for name, spec in schema.items():
         specs[name] = Spec((form.tiles, form.groups, LANES), spec.dtype)

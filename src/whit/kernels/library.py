@@ -1,21 +1,19 @@
-"""The native library: found beside this file when the package was built with a compiler, and called through ctypes.
+"""The native products: what the compiled library (native.py) takes, which is pointers and the number of threads.
 
-It has no Python in it and no torch, so that one build serves every version of both; what it needs of them is pointers
-and the number of threads. Its threads are torch's: both ask for libgomp.so.1, and the one that torch brought is
-already there.
+Its threads are torch's: both ask for libgomp.so.1, and the one that torch brought is already there.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from whit.native import LIBRARY
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCALES = {**FLOATS, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4}
@@ -47,8 +45,8 @@ _SIGNATURES = {
 class Native:
     """The loaded library. Every function takes what the operator of its name takes (ops.py)."""
 
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         for name, arguments in _SIGNATURES.items():
             function = getattr(self.library, name)
             function.argtypes, function.restype = arguments, _I if name.endswith("many") else None
@@ -200,15 +198,4 @@ def _pointers(matrix: Matrix) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _load() -> Native | None:
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.exists():
-            try:
-                return Native(path)
-            except OSError:  # built for another machine
-                return None
-    return None
-
-
-NATIVE = _load()
+NATIVE = None if LIBRARY is None else Native(LIBRARY)

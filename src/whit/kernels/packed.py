@@ -68,7 +68,7 @@ def pack(quantized: QuantizedTensor) -> Packed:
         buffers = {"codes": _pack_plain(codes, form.bits) if form.bits else codes.contiguous()}
         buffers |= {name: value.contiguous() for name, value in params.items()}
     elif form.kind is Kind.ROWS:
-        buffers = {"codes": _pack_rows(codes, form), "levels": params["levels"].contiguous()}
+        buffers = {"codes": _pack_rows(codes, form), "levels": params["levels"].expand(form.rows, -1).contiguous()}
     else:
         buffers = {"codes": _pack_tiles(codes, form)}
         for name, value in params.items():
@@ -93,7 +93,7 @@ def unpack(packed: Packed) -> QuantizedTensor:
         return QuantizedTensor(grid, shape, codes.clone(), {name: value.clone() for name, value in params.items()})
     if form.kind is Kind.ROWS:
         codes = unpack_rows(codes, form.cols, form.bits)
-        return QuantizedTensor(grid, shape, codes, {"levels": params["levels"].clone()})
+        return QuantizedTensor(grid, shape, codes, {"levels": params["levels"][: schema["levels"].shape[0]].clone()})
     params = {name: untile_params(value, form.rows) for name, value in params.items()}
     params = {name: value[tuple(slice(n) for n in schema[name].shape)].clone() for name, value in params.items()}
     return QuantizedTensor(grid, shape, unpack_tiles(codes, form.rows, form.cols, form.bits), params)

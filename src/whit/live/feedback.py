@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.calibration.moments import Moments, pooled
+from whit.grids.codebook import Codebook
 from whit.grids.grid import Adaptive, Grid
 from whit.grids.lattice import Lattice
 from whit.grids.quantized import QuantizedTensor
@@ -110,7 +111,7 @@ def _round(own: Mapping[str, Twin], pairs: Sequence[Pair], run: Callable[[], Non
     pieces = [
         _Piece(name, each, rows, curve(name) if name in moments else None, effort)
         for name, each in _once(own).items()
-        for rows in each.matrix.detach().float().split(ROWS)
+        for rows in _parts(each)
     ]
     found = iter(spread(_one, pieces, lambda piece: piece.cost))
     parts: dict[str, list[dict[str, Tensor]]] = {}
@@ -176,9 +177,15 @@ def _one(piece: _Piece) -> dict[str, Tensor]:
     return {**found.params, "codes": found.codes}
 
 
+def _parts(twin: Twin) -> Sequence[Tensor]:
+    """Rows that can be rounded without the others."""
+    W = twin.matrix.detach().float()
+    return W.split(ROWS) if twin.grid.row_independent else [W]
+
+
 def _adaptive(grid: Grid) -> bool:
     """Whether error feedback works on it; others are searched with the weight of every column."""
-    return isinstance(grid, Scaled | Superblock | Lattice)
+    return isinstance(grid, Scaled | Superblock | Lattice | Codebook)
 
 
 class _Seen:

@@ -35,13 +35,15 @@ from whit.live.stored import Frozen, Stored
 from whit.live.twin import Ties, Twin
 from whit.live.types import fitted, type_named
 from whit.pipeline.effort import PRESETS
+from whit.recipes.quantizers import quantizer_named
 from whit.rounding.methods import FLOORED
-from whit.rounding.nearest import search
+from whit.rounding.named import ROUNDINGS, check_rounding
+from whit.rounding.nearest import Rounding
 
 Patterns = str | Sequence[str] | None
 Text = Batch | Sequence[Batch] | str | Sequence[str]
-NEAREST, SEARCH = "nearest", "search"
-METHODS = (NEAREST, SEARCH, FLOORED)
+METHODS = (*ROUNDINGS, FLOORED)
+NEAREST = "nearest"
 KINDS = {"qint8": "int8", "qfloat8": "fp8"}  # types of activations
 FACTOR = "embed_scale"  # what transformers' scaled embeddings call their factor
 
@@ -62,12 +64,14 @@ def quantize(
 ) -> Report:
     """Replace layers by twins on grids, in place; weights stay float, and are seen rounded, until `freeze`.
 
-    weights      a type such as `qint4`, or the name of a grid; None leaves all matrices float
+    weights      a type such as `qint4`, a quantizer such as "kmeans4" or "kl4-g64", or the name of a grid; None leaves
+                 all matrices float
     activations  `qint8` or `qfloat8`: what arrives at layers and what norms return is quantized too
     include      shell patterns of module names; None for all
     exclude      likewise; wins
     method       how codes are chosen: "nearest" from the range of a group, "search" for the least squared error,
-                 "feedback" for the least error at the layer's output on the calibration text (docs/rounding.md)
+                 "kl" for the distribution nearest to the weights', "feedback" for the least error at the layer's
+                 output on the calibration text (docs/rounding.md)
     salient      share of the input channels of every linear layer, such as 0.01, that stay float beside the codes:
                  those with the largest second moment times the norm of their column on the calibration text
     calibration  for "feedback" and `salient`: token ids [n, length] int64, batches as the model takes them, or texts
@@ -78,7 +82,7 @@ def quantize(
     Returns what was replaced and what was left alone with the reason.
     Raises RecipeError for a type that is not known or does not fit, BadWeightsError for NaN and infinities.
     """
-    grid, kind = type_named(weights), _kind(activations)
+    grid, kind, method = type_named(weights), _kind(activations), _method(weights, method)
     if grid is None and kind is not None:
         raise RecipeError("Activations are quantized together with the weights they meet: give weights=, too.")
     names = [name for name, _ in model.named_modules()]
@@ -131,8 +135,8 @@ def quantize(
             twins[id(module)] = made
     swap(model, twins)
     new = {name: each for name, each in model.named_modules() if isinstance(each, Twin) and _is_new(each, twins)}
-    if method == SEARCH:
-        _searched(new)
+    if method in ROUNDINGS and method != NEAREST:  # which is what twins do by themselves
+        _fixed(new, ROUNDINGS[method])
     elif method == FLOORED:
         assert calls is not None
         feedback(model, new, calls, PRESETS[preset].effort, progress)
@@ -216,12 +220,24 @@ def _splittable(model: nn.Module, chosen: Callable[[str], bool]) -> dict[str, nn
     }
 
 
-def _searched(twins: Mapping[str, Twin]) -> None:
+def _method(weights: Grid | str | None, method: str) -> str:
+    """How codes are chosen: as was asked for, or in the only way that a quantizer has."""
+    quantizer = quantizer_named(weights) if isinstance(weights, str) else None
+    own = None if quantizer is None else quantizer.rounding
+    if own is None or method == own:
+        check_rounding(method if method in ROUNDINGS else NEAREST, type_named(weights))
+        return method
+    if method != NEAREST:
+        raise RecipeError(f"{weights} chooses its ranges by {own}; leave method={method!r} or take uniform.")
+    return own
+
+
+def _fixed(twins: Mapping[str, Twin], rounding: Rounding) -> None:
     done: list[Twin] = []
     for twin in twins.values():
         other = next((each for each in done if each.tied_to(twin)), None)
         if other is None:
-            twin.fix(search(twin.matrix.detach().float(), twin.grid))
+            twin.fix(rounding(twin.matrix.detach().float(), twin.grid))
             done.append(twin)
         else:
             twin.fix_as(other)

@@ -16,6 +16,7 @@ from whit.grids.codebook import Codebook
 from whit.grids.grid import Grid
 from whit.grids.named import GRIDS, grid_named
 from whit.grids.scaled import PerChannel, PerGroup, Scaled
+from whit.recipes.quantizers import quantizer_named
 
 qint8 = grid_named("int8:f32")
 qint4 = grid_named("int4-g64-asym")
@@ -27,9 +28,9 @@ nf4 = GRIDS["nf4-g64"]
 fp4 = grid_named("fp4-g64")
 mxfp4 = GRIDS["mxfp4"]
 nvfp4 = GRIDS["nvfp4"]
-codebook4 = Codebook(4)
-codebook3 = Codebook(3)
-codebook2 = Codebook(2)
+kmeans4 = Codebook(4)
+kmeans3 = Codebook(3)
+kmeans2 = Codebook(2)
 
 TYPES: dict[str, Grid] = {
     "qint8": qint8,
@@ -44,9 +45,9 @@ TYPES: dict[str, Grid] = {
     "fp4": fp4,
     "mxfp4": mxfp4,
     "nvfp4": nvfp4,
-    "codebook4": codebook4,
-    "codebook3": codebook3,
-    "codebook2": codebook2,
+    "kmeans4": kmeans4,
+    "kmeans3": kmeans3,
+    "kmeans2": kmeans2,
 }
 SIZES = (128, 64, 32, 16, 8)  # groups that are tried where the one that is asked for does not divide a row
 BLOCKS = (mxfp4, nvfp4)  # whose groups are part of what they are
@@ -54,21 +55,26 @@ FLOAT8 = {torch.float8_e4m3fn: qfloat8, torch.float8_e5m2: qfloat8_e5m2}
 
 
 def type_named(name: str | Grid | None) -> Grid | None:
-    """The type called `name`: one of TYPES, or any grid. Raises RecipeError that lists the names there are."""
+    """The type called `name`: one of TYPES, a quantizer (its grid), or any grid.
+
+    Raises RecipeError that lists the names there are.
+    """
     if not isinstance(name, str):
         return name
     try:
+        if quantizer := quantizer_named(name):
+            return grid_named(quantizer.grid)
         return TYPES[name] if name in TYPES else grid_named(name)
     except RecipeError as error:
         raise RecipeError(f"There is no type called {name!r}. Known types: {', '.join(TYPES)}. {error}") from None
 
 
 def grouped(grid: Grid, size: int) -> Grid:
-    """The same levels with one scale per `size` consecutive weights of a row.
+    """The same levels with one scale, or as many levels with one table, per `size` consecutive weights of a row.
 
     Raises RecipeError for grids whose groups are part of what they are.
     """
-    if not isinstance(grid, Scaled) or grid in BLOCKS or size < 1:
+    if not isinstance(grid, Scaled | Codebook) or grid in BLOCKS or size < 1:
         raise RecipeError(f"{grid} has no groups of {size}.")
     return replace(grid, scheme=PerGroup(size))
 
@@ -80,10 +86,11 @@ def fitted(grid: Grid, cols: int) -> tuple[Grid, str]:
     """
     if cols % grid.spans(cols)[0] == 0 and cols % grid.step == 0:
         return grid, ""
-    if not isinstance(grid, Scaled) or not isinstance(grid.scheme, PerGroup) or grid in BLOCKS:
+    if not isinstance(grid, Scaled | Codebook) or not isinstance(grid.scheme, PerGroup) or grid in BLOCKS:
         raise RecipeError(f"rows of {cols} weights do not divide into blocks of {grid.spans(cols)[0]}")
     asked = grid.scheme.size
     size = next((each for each in SIZES if each < asked and cols % each == 0), None)
     if size is None:
-        return replace(grid, scheme=PerChannel()), f"one scale per row: no group divides {cols} weights"
+        one = "table" if isinstance(grid, Codebook) else "scale"
+        return replace(grid, scheme=PerChannel()), f"one {one} per row: no group divides {cols} weights"
     return replace(grid, scheme=PerGroup(size)), f"groups of {size}: {asked} do not divide {cols} weights"

@@ -30,6 +30,7 @@ from whit.models.model import Model
 from whit.models.stream import BlockStream
 from whit.models.taps import watched
 from whit.pipeline.effort import Calibration
+from whit.pipeline.fisher import fisher
 from whit.pipeline.folding import Folded, folded, trial, unchanged
 from whit.pipeline.inputs import Inputs, moments_of
 from whit.pipeline.plain import plain_pieces
@@ -70,6 +71,7 @@ class CalibratedRun:
         self._kind = "int" if self._smooth else "float"
         self._kept = KEPT if self._smooth or self._fixed else 0
         self.input_scales: dict[str, float] = {}
+        self._model, self._fisher = model, dict[str, Tensor]()  # of tensors that are still to be rounded
         self._steps = {step.tensor.name: step for step in steps}
         self._links, self._calibration = Links(view), calibration
         self._stream = BlockStream(model, self._links.read)
@@ -84,6 +86,8 @@ class CalibratedRun:
         Raises BadWeightsError for weights or activations that are not finite.
         """
         keep_large_apart()
+        if asking := [name for name, step in self._steps.items() if step.needs_fisher]:
+            self._fisher = fisher(self._model, asking, self._calibration.windows, progress=self._tell)
         total = self._stream.n_blocks + 1
         self._tell(0, total, "embeddings")
         hidden = self._stream.start(self._calibration.windows)
@@ -118,7 +122,8 @@ class CalibratedRun:
         for name in steps:
             step = change.steps.get(name, steps[name])
             self._fix_inputs(step, inputs.of(links.slots(name)[0]), change.columns.get(name))
-            tasks.append(Task(step, moments_of(step.tensor.shape, inputs, links.slots(name)), change.columns.get(name)))
+            seen, factors = moments_of(step.tensor.shape, inputs, links.slots(name)), change.columns.get(name)
+            tasks.append(Task(step, seen, factors, self._fisher.pop(name, None)))
         yield from self._rounded(tasks, install=True)
         stream.fill(index)
         with coarse_products():

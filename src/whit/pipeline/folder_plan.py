@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from whit.errors import RecipeError
+from whit.grids.codebook import Codebook
 from whit.grids.floats import Float
 from whit.grids.grid import Grid
 from whit.grids.named import grid_named, integer_name
@@ -85,7 +86,7 @@ class FolderPlanner:
             return None, ""
         rows, cols = matrix_shape(tensor)
         candidates = [self._scaled(grid, as_is)]
-        if isinstance(grid, Scaled) and isinstance(grid.scheme, PerGroup):
+        if isinstance(grid, Scaled | Codebook) and isinstance(grid.scheme, PerGroup):
             sizes = [size for size in SMALLER if size < grid.scheme.size]
             candidates += [self._scaled(replace(grid, scheme=PerGroup(size)), as_is) for size in sizes]
         first = None

@@ -28,7 +28,7 @@ from whit.transforms.smooth import smooth_factors
 UNCHANGED = 1e-3  # relative change of a block's output up to which a fold has left the function as it was
 FACTORS = "factors"
 _Task = tuple[Pair, list[Sample], Curvature, Tensor | None]
-METHOD = "feedback"  # other roundings are what their names say, of the weights as they are
+METHODS = ("feedback", "fisher-feedback")  # other roundings are what their names say, of the weights as they are
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _chosen(task: _Task) -> dict[str, Tensor]:
 
 def _samples(pair: Pair, steps: Mapping[str, Step]) -> list[Sample]:
     consumers = [steps[name] for name in pair.consumers]
-    rounded = [step for step in consumers if step.needs_moments and step.rounding == METHOD]
+    rounded = [step for step in consumers if step.needs_moments and step.rounding in METHODS]
     return sampled((step.tensor.read(), cast(Adaptive, step.grid)) for step in rounded)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from whit.errors import BadWeightsError
 from whit.models.architecture import GGUFTensor
 from whit.pipeline.plan import Piece, Rounded, Step
-from whit.rounding.nearest import rounding_named, slices
+from whit.rounding.named import rounding_named
+from whit.rounding.nearest import slices
 
 Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
 AHEAD = 1 << 24  # weights at most in what is read while something else is rounded
@@ -44,8 +45,11 @@ def plain_pieces(step: Step, values: Iterator[Tensor] | None = None) -> Iterator
     rounding = rounding_named(step.rounding)
     for _ in step.tensor.parts:
         W = next(values)
-        W = W.reshape(-1, W.shape[-1])  # [rows, cols]
-        for rows in slices(W):
+        if step.grid.row_independent:
+            several = slices(W.reshape(-1, W.shape[-1]))  # of [rows, cols]
+        else:
+            several = W.unbind(0) if W.dim() == 3 else [W]
+        for rows in several:
             check_finite(step.tensor, rows, W)
             try:
                 yield rounding(rows.float(), step.grid)

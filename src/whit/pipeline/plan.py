@@ -20,7 +20,7 @@ from whit.models.architecture import GGUFTensor, GGUFView
 from whit.recipes.mixtures import Facts
 from whit.recipes.named import resolved
 from whit.recipes.recipe import Recipe
-from whit.rounding.methods import METHODS
+from whit.rounding.methods import FISHER, METHODS
 
 FLOAT_GRIDS = ("f32", "f16", "bf16")
 # For rows that do not divide into superblocks of 256, llama.cpp's choice; documented in docs/formats.md.
@@ -65,6 +65,11 @@ class Step:
     def needs_moments(self) -> bool:
         """Whether the rounding looks at what arrives at the layer."""
         return self.stored is None and self.rounding in METHODS
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the rounding asks how much each weight matters to the model."""
+        return self.stored is None and self.rounding in FISHER
 
 
 Piece = QuantizedTensor | Tensor  # rows of a matrix; or all bytes of a tensor that the source holds as they shall be

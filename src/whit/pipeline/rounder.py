@@ -31,12 +31,14 @@ class Task:
     """A tensor to round.
 
     moments  one entry per matrix, the whole or one per expert; None where nothing is known of its inputs
-    factors  [cols] float32 that the columns are multiplied with; moments are those before it
+    factors  [cols] float32 that the columns are multiplied with; moments and fisher are those before it
+    fisher   of the tensor's shape, where the rounding asks for it and it is known
     """
 
     step: Step
     moments: Sequence[Moments | None]
     factors: Tensor | None = None
+    fisher: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class _Piece:
     c: Curvature
     shift: Tensor | None
     factors: Tensor | None
+    F: Tensor | None
 
     @property
     def cost(self) -> float:
@@ -92,14 +95,16 @@ class Rounder:
         """
         batch: list[_Matrix] = []
         for task in tasks:
-            for W, moments in zip(_matrices(task.step), task.moments, strict=True):
-                batch.append(self._matrix(task, W, moments))
+            n = len(task.moments)
+            each = [None] * n if task.fisher is None else task.fisher.view(n, -1, task.fisher.shape[-1])
+            for W, moments, F in zip(_matrices(task.step), task.moments, each, strict=True):
+                batch.append(self._matrix(task, W, moments, F))
                 if sum(piece.W.numel() for matrix in batch for piece in matrix.pieces) >= BATCH:
                     yield from self._spread(batch)
                     batch = []
         yield from self._spread(batch)
 
-    def _matrix(self, task: Task, W: Tensor, moments: Moments | None) -> _Matrix:
+    def _matrix(self, task: Task, W: Tensor, moments: Moments | None, F: Tensor | None) -> _Matrix:
         shift = None
         if moments is None or moments.is_empty:
             c = curvature(torch.zeros(W.shape[1], W.shape[1]))
@@ -113,7 +118,10 @@ class Rounder:
                 shift = self._shift(moments, moments.C, task.factors)
         if task.factors is not None:
             c = self._rescaled(c, task.factors)
-        return _Matrix([_Piece(task.step, rows, c, shift, task.factors) for rows in W.split(ROWS)], moments, note)
+        size = ROWS if task.step.grid.row_independent else W.shape[0]
+        weights = [None] * -(-W.shape[0] // size) if F is None else F.split(size)
+        pieces = zip(W.split(size), weights, strict=True)
+        return _Matrix([_Piece(task.step, rows, c, shift, task.factors, F) for rows, F in pieces], moments, note)
 
     def _spread(self, batch: list[_Matrix]) -> Iterator[QuantizedTensor]:
         found = iter(spread(self._one, [piece for each in batch for piece in each.pieces], lambda piece: piece.cost))
@@ -131,12 +139,14 @@ class Rounder:
     def _one(self, piece: _Piece) -> dict[str, Tensor]:
         """Codes and parameters of the rows, the loss of each, and that of plain rounding."""
         W, c, grid = piece.W, piece.c, cast(Adaptive, piece.step.grid)
+        F = None if piece.F is None else piece.F.float()
         if piece.factors is not None:
             W = W * piece.factors
+            F = None if F is None else F / piece.factors.square()  # gradients are divided by what weights grow by
         if piece.shift is not None:
             W = torch.addmm(W, W, piece.shift, alpha=self._strength)
         try:
-            found, plain = rounded(piece.step.rounding, W, grid, c, self._effort)
+            found, plain = rounded(piece.step.rounding, W, grid, c, self._effort, F)
         except OverflowError as error:
             raise too_large(piece.step, error) from None
         losses = {AFTER: found.loss.double(), BEFORE: plain.loss.double()}

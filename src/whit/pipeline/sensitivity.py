@@ -26,32 +26,26 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from whit.allocator import return_memory
 from whit.calibration.moments import Moments
 from whit.grids.grid import Adaptive
 from whit.grids.named import grid_named
 from whit.models.architecture import GGUFTensor
-from whit.models.links import Links
 from whit.models.model import Model
-from whit.models.stream import BlockStream, pieces
-from whit.models.taps import Slot, watched
+from whit.models.taps import Slot
 from whit.parallel import spread
 from whit.pipeline.inputs import Inputs, moments_of
-from whit.pipeline.quantize import model_view
+from whit.pipeline.sweep import EMBEDDING, HEAD, Gradients, Sweep
 from whit.rounding.curvature import Curvature, curvature
-from whit.rounding.feedback import feedback
+from whit.rounding.feedback import adapts, feedback
 from whit.rounding.nearest import nearest
 from whit.rounding.polish import loss
 
 Progress = Callable[[int, int, str], None]
-_Origins = dict[Slot, list[tuple[str, Tensor, Tensor, Tensor]]]  # tensor, outputs, rows, scale as in _Rows
 Damages = dict[str, dict[str, float]]  # tensor -> grid -> nats per token
 ROWS = 64  # of every tensor that are rounded to every grid
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 DAMAGE = "damage"
-MOST_ROWS = 1 << 17  # of a matrix in a block: 128 times this is exact in float32
 TINY = 1e-300
 
 
@@ -91,116 +85,77 @@ def sensitivities(
     Raises BadWeightsError for weights or activations that are not finite.
     """
     tell = progress or (lambda done, total, what: None)
-    return _Sweep(model, candidates, windows, seed, tell, plain).damages()
+    found = _Damaged(Sweep(model, windows, seed, tell), candidates, plain)
+    return found.damages()
 
 
-class _Sweep:
-    def __init__(
-        self,
-        model: Model,
-        candidates: Mapping[str, Sequence[str]],
-        windows: Tensor,
-        seed: int,
-        tell: Progress,
-        plain: bool,
-    ) -> None:
-        view = model_view(model)
-        self._links = Links(view)
-        self._stream = BlockStream(model, self._links.read)
-        self._tensors = {tensor.name: tensor for tensor in view.tensors}
-        self._candidates, self._windows, self._tell, self._plain = candidates, windows, tell, plain
-        self._generator = torch.Generator().manual_seed(seed)
+class _Damaged:
+    """What a sweep finds: rows are drawn, rounded to every candidate, and their errors met with gradients."""
+
+    def __init__(self, sweep: Sweep, candidates: Mapping[str, Sequence[str]], plain: bool) -> None:
+        self._sweep, self._candidates, self._plain = sweep, candidates, plain
         self._found: Damages = {}
+        head = sweep.tensors[HEAD if HEAD in sweep.tensors else EMBEDDING]
+        self._spread = torch.zeros(head.shape[0], dtype=torch.float64)  # sum of p (1 - p)
+        self._arrived = Moments(head.shape[1])
 
     def damages(self) -> Damages:
-        stream, n = self._stream, self._stream.n_blocks
-        total = 2 * n + 2
-        self._tell(0, total, "embeddings")
-        reached = [stream.start(self._windows)]  # before each block, of every window
-        for index in range(n):
-            self._tell(index + 1, total, f"block {index}")
-            stream.fill(index)
-            reached.append([stream.run(index, hidden) for hidden in reached[-1]])
-            stream.empty(index)
-        self._tell(n + 1, total, "head")
-        gradients = self._head(reached.pop())
-        for index in reversed(range(n)):
-            self._tell(2 * n + 1 - index, total, f"back through block {index}")
-            gradients = self._block(index, reached.pop(), gradients)
-            return_memory()
+        gradients = self._sweep.run(self)
+        self._head()
         self._embedding(gradients)
-        self._tell(total, total, "done")
         return {name: self._found[name] for name in self._candidates}
 
-    def _head(self, hidden: list[Tensor]) -> list[Tensor]:
-        """Damages of the head, and the gradient of the sampled labels' log-likelihood at its input."""
-        name = HEAD if HEAD in self._tensors else EMBEDDING
-        W = self._tensors[name].read()
-        spread_of = torch.zeros(W.shape[0], dtype=torch.float64)  # sum of p (1 - p)
-        moments, gradients = Moments(W.shape[1]), []
-        for window in hidden:
-            moments.add(self._stream.final(window))
-            parts = []
-            for part in pieces(window.shape[1], W.shape[0]):
-                at = window[:, part].detach().requires_grad_()
-                logits = self._stream.logits(at, W)
-                p = logits.detach().softmax(-1)
-                spread_of += (p - p.square()).sum(0)
-                label = torch.multinomial(p, 1, generator=self._generator)
-                towards = p.neg_().scatter_add_(1, label, torch.ones(label.shape))
-                (gradient,) = torch.autograd.grad(logits, at, towards)
-                parts.append(gradient)
-            gradients.append(torch.cat(parts, dim=1))
-        if name in self._candidates:
-            drawn, chance = _drawn(spread_of, ROWS)
-            moments.check(name)
-            c, energy = curvature(moments.H), spread_of[drawn] / chance
-            self._add([_Sample(name, grid, W[drawn], energy, None, c, self._plain) for grid in self._candidates[name]])
-        return gradients
+    def names(self, there: list[str]) -> list[str]:
+        return [name for name in there if name in self._candidates]
 
-    def _block(self, index: int, hidden: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """Damages of the block's tensors, and the gradients at its input."""
-        stream, prefix = self._stream, self._stream.prefix(index)
-        names = [name for name in self._links.gguf_names(prefix) if name in self._candidates]
-        block, inputs = stream.fill(index), Inputs(prefix)
-        gradients_of = _Gradients(prefix, self._origins(names, prefix, block))
-        before = []
-        for window, gradient in zip(hidden, gradients, strict=True):
-            at = window.detach().requires_grad_()
-            with watched(block, lambda slot, x: gradients_of.see(slot, x, inputs), gradients_of.made):
-                out = stream.run(index, at)
-            before.append(torch.autograd.grad(out, at, gradient)[0])
-            inputs.forget()
+    def arrives(self, x: Tensor) -> None:
+        self._arrived.add(x)
+
+    def predicts(self, p: Tensor) -> None:
+        self._spread += (p - p.square()).sum(0)
+
+    def rows(self, name: str, slot: Slot, outputs: Tensor, in_file: Tensor, scale: Tensor, share: int) -> _Rows:
+        return _Rows(outputs, in_file, scale, max(8, ROWS // share))
+
+    def block(self, names: list[str], inputs: Inputs, gradients: Gradients) -> None:
+        """Damages of the block's tensors."""
         samples: list[_Sample] = []
         for name in names:
-            tensor, slots = self._tensors[name], self._links.slots(name)
+            tensor, slots = self._sweep.tensors[name], self._sweep.links.slots(name)
             seen = moments_of(tensor.shape, inputs, slots)
             if len(seen) == 1:
                 seen = seen * len(slots)
             for slot, matrix, moments in zip(slots, _matrices(tensor, len(slots)), seen, strict=True):
-                rows = gradients_of.of(name, slot)
-                if rows is None or moments is None or moments.is_empty:
+                rows = cast(_Rows, gradients.of(name, slot))
+                if not rows.drawn.numel() or moments is None or moments.is_empty:
                     continue
                 moments.check(name)
                 c, W = curvature(moments.H), matrix[rows.in_file[rows.drawn]]
                 energy, pushes = rows.weighed()
                 samples += [_Sample(name, grid, W, energy, pushes, c, self._plain) for grid in self._candidates[name]]
-        stream.empty(index)
         self._add(samples)
-        return before
+
+    def _head(self) -> None:
+        name = HEAD if HEAD in self._sweep.tensors else EMBEDDING
+        if name in self._candidates:
+            W = self._sweep.tensors[name].read()
+            drawn, chance = _drawn(self._spread, ROWS)
+            self._arrived.check(name)
+            c, energy = curvature(self._arrived.H), self._spread[drawn] / chance
+            self._add([_Sample(name, grid, W[drawn], energy, None, c, self._plain) for grid in self._candidates[name]])
 
     def _embedding(self, gradients: list[Tensor]) -> None:
         """The embedding as what the first block is given: an error in it is one of the hidden states themselves."""
         if EMBEDDING not in self._candidates:
             return
-        W = self._tensors[EMBEDDING].read()
+        W = self._sweep.tensors[EMBEDDING].read()
         energy = torch.cat([each[0] for each in gradients]).double().square().mean(0)  # [hidden]
         energy *= self._growth(W) ** 2
-        uses = torch.bincount(self._windows.flatten(), minlength=W.shape[0]).double()
+        uses = torch.bincount(self._sweep.windows.flatten(), minlength=W.shape[0]).double()
         # A row that is used shows its own error: H is diagonal, and the mean over uses takes the place of the sum.
         c = Curvature(energy.float().diag(), energy.sqrt().float().diag())
         rows, _ = _drawn(uses, ROWS, even=0.0)
-        tied = HEAD not in self._tensors
+        tied = HEAD not in self._sweep.tensors
         for grid in self._candidates[EMBEDDING]:
             # a tied one is rounded for its role as the head, which means no more to this one than plain rounding
             decoded = _rounded(W[rows], grid, c, self._plain or tied)
@@ -210,11 +165,11 @@ class _Sweep:
 
     def _growth(self, W: Tensor) -> float:
         """What embeddings are multiplied with before the first block: 1, in Gemma models the root of their width."""
-        once = self._stream.start(self._windows[:1])[0][0]
-        self._links.replace(EMBEDDING, 2 * W)
-        twice = self._stream.start(self._windows[:1])[0][0]
-        self._links.restore()
-        given = W[self._windows[0]]
+        once = self._sweep.stream.start(self._sweep.windows[:1])[0][0]
+        self._sweep.links.replace(EMBEDDING, 2 * W)
+        twice = self._sweep.stream.start(self._sweep.windows[:1])[0][0]
+        self._sweep.links.restore()
+        given = W[self._sweep.windows[0]]
         return ((twice - once) * given).sum().item() / given.square().sum().item()
 
     def _add(self, samples: list[_Sample]) -> None:
@@ -223,7 +178,7 @@ class _Sweep:
         sums: dict[str, dict[str, Tensor]] = {}
         for sample, each in zip(samples, found, strict=True):
             of_one = sums.setdefault(sample.tensor, {})
-            both = each[DAMAGE] / self._windows.numel()
+            both = each[DAMAGE] / self._sweep.windows.numel()
             of_one[sample.grid] = of_one[sample.grid] + both if sample.grid in of_one else both
         for name, grids in sums.items():
             both = torch.stack(list(grids.values())).clamp(min=TINY)  # [grids, per token and per window]
@@ -231,26 +186,6 @@ class _Sweep:
             of_one_found = self._found.setdefault(name, {})
             for grid, (per_token, _) in grids.items():
                 of_one_found[grid] = of_one_found.get(grid, 0.0) + factor * per_token.item()
-
-    def _origins(self, names: list[str], prefix: str, block: nn.Module) -> _Origins:
-        """For every weight of the block the tensors that it is made of."""
-        for k, name in enumerate(names):
-            numbered = torch.zeros(self._tensors[name].shape)  # in the first column, beside ones: some tables scale
-            numbered[..., 0] = torch.arange(numbered.shape[-2], dtype=torch.float32) + k * MOST_ROWS
-            numbered[..., 1] = 1
-            self._links.replace(name, numbered)
-        found: _Origins = {}
-        for k, name in enumerate(names):
-            for slot in self._links.slots(name):
-                parameter = block.get_parameter(slot[0].removeprefix(prefix))
-                marks = self._links.read(slot[0], tuple(parameter.shape))
-                marks = marks if slot[1] is None else marks[slot[1]]
-                number, one = (marks if (marks[:, 2:] == 0).all() else marks.T)[:, :2].unbind(1)
-                codes = (number / one).round().long()
-                outputs = torch.nonzero(codes // MOST_ROWS == k)[:, 0]
-                found.setdefault(slot, []).append((name, outputs, codes[outputs] % MOST_ROWS, one[outputs]))
-        self._links.restore()
-        return found
 
 
 class _Rows:
@@ -283,44 +218,6 @@ class _Rows:
         return self._energy / self._chance, torch.stack(self._pushes, 1) / self._chance.sqrt().float()[:, None, None]
 
 
-class _Gradients:
-    """What comes back to the outputs of a block's weights."""
-
-    def __init__(self, prefix: str, origins: _Origins) -> None:
-        self._prefix = prefix
-        self._x: dict[Slot, Tensor] = {}
-        self._rows: dict[Slot, dict[str, _Rows]] = {}
-        share: dict[str, int] = {}
-        for parts in origins.values():
-            for name, *_ in parts:
-                share[name] = share.get(name, 0) + 1
-        for (parameter, expert), parts in origins.items():
-            key = parameter.removeprefix(prefix), expert
-            self._rows[key] = {
-                name: _Rows(outputs, rows, scale, max(8, ROWS // share[name])) for name, outputs, rows, scale in parts
-            }
-
-    def see(self, slot: Slot, x: Tensor, inputs: Inputs) -> None:
-        """A product begins."""
-        self._x[slot] = x.detach().reshape(-1, x.shape[-1])
-        inputs.see(slot, x.detach())
-
-    def made(self, slot: Slot, out: Tensor) -> None:
-        """It is done; its gradient will come."""
-        x = self._x.pop(slot)
-        if out.requires_grad:
-            out.register_hook(lambda gradient: self._note(slot, gradient.reshape(-1, gradient.shape[-1]), x))
-
-    def of(self, tensor: str, slot: Slot) -> _Rows | None:
-        """The rows of a weight (full name), None when nothing came back to it."""
-        rows = self._rows[slot[0].removeprefix(self._prefix), slot[1]][tensor]
-        return rows if rows.drawn.numel() else None
-
-    def _note(self, slot: Slot, gradient: Tensor, x: Tensor) -> None:
-        for rows in self._rows.get(slot, {}).values():
-            rows.add(gradient, x)
-
-
 def _damage(sample: _Sample) -> dict[str, Tensor]:
     """Half the squares, summed over rows: per token and per window."""
     Q = _rounded(sample.W, sample.grid, sample.c, sample.plain)
@@ -347,7 +244,7 @@ def _drawn(weight: Tensor, n: int, even: float = 0.5) -> tuple[Tensor, Tensor]:
 
 def _rounded(W: Tensor, name: str, c: Curvature, plain: bool) -> Tensor:
     grid = grid_named(name)
-    if plain or not hasattr(grid, "bases"):
+    if plain or not adapts(grid):
         return nearest(W, grid).dequantize()
     return feedback(W, cast(Adaptive, grid), c).dequantize()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from whit.checkpoints.gguf import GGUFFile
 from whit.checkpoints.quantized import QuantizedTensors
 from whit.errors import RecipeError
+from whit.grids.codebook import Codebook
 from whit.grids.quantized import QuantizedTensor
+from whit.grids.scaled import PerChannel, Scaled
 from whit.layouts.ggml import GGML_TYPES
 from whit.models.architecture import GGUFView
 from whit.models.links import Links
@@ -99,13 +102,25 @@ class _Folder:
 
 
 def joined(pieces: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """One matrix of pieces that are rows of it, in order."""
-    first = pieces[0]
+    """One matrix of pieces that are rows of it, in order.
+
+    Where each piece has one scale or table for all of its rows, every row of the whole has its own.
+    """
     if len(pieces) == 1:
-        return first
+        return pieces[0]
+    pieces = [_by_row(each) for each in pieces]
+    first = pieces[0]
     params = {name: torch.cat([each.params[name] for each in pieces]) for name in first.params}
     rows = sum(each.shape[0] for each in pieces)
     return QuantizedTensor(first.grid, (rows, first.shape[1]), torch.cat([each.codes for each in pieces]), params)
+
+
+def _by_row(piece: QuantizedTensor) -> QuantizedTensor:
+    """The same values with parameters for every row."""
+    if piece.grid.row_independent or not isinstance(piece.grid, Scaled | Codebook):
+        return piece
+    params = {name: value.expand(piece.shape[0], -1).contiguous() for name, value in piece.params.items()}
+    return QuantizedTensor(replace(piece.grid, scheme=PerChannel()), piece.shape, piece.codes, params)
 
 
 def split_rows(whole: QuantizedTensor, n: int) -> list[QuantizedTensor]:

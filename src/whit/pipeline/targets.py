@@ -37,6 +37,7 @@ INTEGERS = {
     folders.WHIT: (
         *(*SUPERBLOCKS[:-1], *BLOCKS[:-1], "nf4-g64", "nf4-g32", "nvfp4"),
         *(f"int{bits}-g{size}" for bits in (2, 3, 6) for size in (64, 32)),
+        *(f"kmeans{bits}" for bits in (2, 3, 4)),
     ),
 }
 LAYOUTS = (GGUF, *INTEGERS)

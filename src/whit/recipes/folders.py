@@ -9,6 +9,7 @@
     mxfp4, nvfp4                       compressed-tensors, FP4 in groups of 32 with powers of two, of 16 with FP8 scales
     nf4, fp4                           Whit's own layout, in groups of 64 with a half-precision scale
     whit-<grid>                        Whit's own layout, any grid
+    uniform-4bit, kmeans-4bit, kl-4bit Whit's own layout, quantizers.py
 
 Embeddings and head stay in float: these runtimes want it so.
 """
@@ -21,6 +22,7 @@ from dataclasses import replace
 
 from whit.errors import RecipeError
 from whit.grids.named import ALIASES, GRIDS, grid_named
+from whit.recipes import quantizers
 from whit.recipes.named import override
 from whit.recipes.recipe import Recipe, Rule
 
@@ -39,6 +41,7 @@ EXAMPLES = (
     "nvfp4",
     "nf4",
     "fp4",
+    *quantizers.EXAMPLES,
 )
 GPTQ, AWQ, COMPRESSED, WHIT = "gptq", "awq", "compressed-tensors", "whit"
 FLOAT = "float"  # a folder as transformers writes it
@@ -88,6 +91,8 @@ def _named(key: str, rounding: str) -> Recipe | None:
         return _recipe(key, COMPRESSED, grid, rounding, activations)
     if key in _OWN:
         return _recipe(key, WHIT, _OWN[key], rounding)
+    if quantizer := quantizers.quantizer_named(key):
+        return _recipe(key, WHIT, quantizer.grid, quantizer.rounding or rounding)
     if key.startswith("whit-"):
         return _recipe(key, WHIT, key.removeprefix("whit-"), rounding)
     return None

@@ -8,14 +8,14 @@ from fnmatch import fnmatchcase
 
 from whit.errors import RecipeError
 from whit.grids.named import grid_named
-from whit.rounding.methods import check_rounding
+from whit.rounding.named import check_rounding
 
 
 @dataclass(frozen=True)
 class Rule:
     """Tensors whose GGUF name matches `pattern` (shell wildcards) go on `grid` by `rounding`.
 
-    Raises RecipeError for a grid or rounding that does not exist.
+    Raises RecipeError for a grid or rounding that does not exist, or a rounding that is not for the grid.
     """
 
     pattern: str
@@ -23,8 +23,7 @@ class Rule:
     rounding: str = "nearest"
 
     def __post_init__(self) -> None:
-        grid_named(self.grid)
-        check_rounding(self.rounding)
+        check_rounding(self.rounding, grid_named(self.grid))
 
     def __str__(self) -> str:
         return f"{self.pattern} -> {self.grid} by {self.rounding}"

@@ -18,21 +18,33 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from whit.grids.grid import Adaptive, Params
+from whit.grids.codebook import Codebook
+from whit.grids.grid import Adaptive, Grid, Params
 from whit.grids.quantized import QuantizedTensor
 from whit.rounding.curvature import Curvature
 from whit.rounding.steps import round_span
+from whit.rounding.tables import table_feedback
 
 Scales = Literal["search", "range"]
 
 
-def feedback(W: Tensor, grid: Adaptive, c: Curvature, late: bool = True, scales: Scales = "search") -> QuantizedTensor:
+def adapts(grid: Grid) -> bool:
+    """Whether error feedback works on a grid."""
+    return isinstance(grid, Codebook) or hasattr(grid, "bases")
+
+
+def feedback(
+    W: Tensor, grid: Adaptive | Codebook, c: Curvature, late: bool = True, scales: Scales = "search"
+) -> QuantizedTensor:
     """Codes and parameters of W [rows, cols] float32 under the curvature of its inputs.
 
     late    choose the parameters of inner spans on targets that carry the errors of the spans before them
-    scales  "search" weighs errors on the compensated target; "range" takes the range rule on W itself, as GPTQ does
+    scales  "search" weighs errors on the compensated target; "range" takes the range rule on W itself, as GPTQ does,
+            and on a codebook the levels of W itself
     Raises ValueError when cols does not fit the grid, OverflowError when a scale leaves its dtype.
     """
+    if isinstance(grid, Codebook):
+        return table_feedback(W, grid, c, levels=grid.store(grid.fit(W)) if scales == "range" else None)
     rows, cols = W.shape
     R, late = c.R, late and scales == "search"
     weights = R.diagonal().square()

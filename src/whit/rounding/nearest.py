@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from whit.errors import RecipeError
 from whit.grids.grid import Grid
 from whit.grids.quantized import QuantizedTensor
 
@@ -27,7 +26,7 @@ SLICE = 32767
 
 
 class Rounding(Protocol):
-    """Weights [rows, cols] float32 and optional importance per input channel [cols] to codes on a grid."""
+    """Weights [rows, cols] float32 and optional importance per input channel [cols] or weight to codes on a grid."""
 
     def __call__(self, W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
         """Raises ValueError when cols does not fit the grid's spans, OverflowError when a scale does not fit."""
@@ -39,17 +38,20 @@ def nearest(W: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantize
 
     W  [rows, cols] float32
     """
-    return _by_rows(W, grid, lambda part: _plain(part, grid))
+    return by_rows(W, grid, lambda part: _plain(part, grid))
 
 
 def search(W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
     """Nearest level under searched parameters; never worse than `nearest` in weighted squared error of any group.
 
     W           [rows, cols] float32
-    importance  [cols] float32, non-negative; all the same when None
+    importance  [cols] or [rows, cols] float32, non-negative; all the same when None
     """
-    given = None if importance is None else importance.float()
-    return _by_rows(W, grid, lambda part: _searched(part, grid, given))
+    if importance is None or importance.dim() == 1 or not grid.row_independent:
+        given = None if importance is None else importance.float()
+        return by_rows(W, grid, lambda part: _searched(part, grid, given))
+    each = iter(slices(importance.float()))  # beside the slices of W, in their order
+    return by_rows(W, grid, lambda part: _searched(part, grid, next(each)))
 
 
 def _plain(W: Tensor, grid: Grid) -> QuantizedTensor:
@@ -62,7 +64,8 @@ def _searched(W: Tensor, grid: Grid, weights: Tensor | None) -> QuantizedTensor:
     return QuantizedTensor(grid, _shape(W), grid.round(W, params, weights), params)
 
 
-def _by_rows(W: Tensor, grid: Grid, rounded: Callable[[Tensor], QuantizedTensor]) -> QuantizedTensor:
+def by_rows(W: Tensor, grid: Grid, rounded: Callable[[Tensor], QuantizedTensor]) -> QuantizedTensor:
+    """W [rows, cols] rounded in slices where rows share nothing, else as a whole."""
     if not grid.row_independent or W.numel() <= SLICE:
         return rounded(W)
     parts = [rounded(part) for part in slices(W)]
@@ -78,13 +81,3 @@ def slices(W: Tensor) -> Sequence[Tensor]:
 def _shape(W: Tensor) -> tuple[int, int]:
     rows, cols = W.shape
     return rows, cols
-
-
-ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "search": search}
-
-
-def rounding_named(name: str) -> Rounding:
-    """The rounding called `name`. Raises RecipeError that lists the names there are."""
-    if name not in ROUNDINGS:
-        raise RecipeError(f"There is no rounding called {name!r}. Known roundings: {', '.join(ROUNDINGS)}.")
-    return ROUNDINGS[name]

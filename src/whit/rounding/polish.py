@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.grids.codebook import Codebook
 from whit.grids.grid import Adaptive, Params
 from whit.grids.quantized import QuantizedTensor
 from whit.rounding.curvature import Curvature
 from whit.rounding.steps import descend_span
+from whit.rounding.tables import table_polish
 
 
 def loss(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
@@ -29,11 +31,16 @@ def loss(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
     return torch.linalg.vecdot(delta @ H, delta)
 
 
-def polish(W: Tensor, quantized: QuantizedTensor, grid: Adaptive, c: Curvature, sweeps: int) -> QuantizedTensor:
-    """Alternate refit and coordinate descent `sweeps` times, then refit; the loss of no row rises.
+def polish(
+    W: Tensor, quantized: QuantizedTensor, grid: Adaptive | Codebook, c: Curvature, sweeps: int
+) -> QuantizedTensor:
+    """Alternate refit and coordinate descent `sweeps` times, then refit; the loss of no row rises (of no matrix, where
+    one table serves it).
 
     W  [rows, cols] float32
     """
+    if isinstance(grid, Codebook):
+        return table_polish(W, quantized, grid, c, sweeps)
     Wt, codes = W.T.contiguous(), quantized.codes.T.contiguous()  # [cols, rows]; codes [steps, rows]
     params: Params = quantized.params
     delta = quantized.dequantize().T - Wt
@@ -59,7 +66,12 @@ def scored(W: Tensor, quantized: QuantizedTensor, H: Tensor) -> Scored:
 
 
 def better_rows(first: Scored, second: Scored) -> Scored:
-    """Row by row whichever of two candidates on one grid loses less; the first where they tie."""
+    """Row by row whichever of two candidates on one grid loses less; the first where they tie.
+
+    Where rows share parameters one of the candidates wins as a whole.
+    """
+    if not first.quantized.grid.row_independent:
+        return second if second.loss.sum() < first.loss.sum() else first
     second_wins = second.loss < first.loss  # [rows]
     if not second_wins.any():
         return first
@@ -96,6 +108,8 @@ def _refit(delta: Tensor, codes: Tensor, params: Params, grid: Adaptive, H: Tens
         slope = torch.stack([(each * gradient).sum(0) for each in basis])  # [n, rows]
         square = torch.stack([torch.stack([(x * y).sum(0) for y in curved]) for x in basis])  # [n, n, rows]
         old = torch.stack([new[name][:, n].float() for name in names])  # [n, rows]
+        if old.shape[1] < slope.shape[1]:  # one for the whole matrix: the rows' losses are one
+            slope, square = slope.sum(-1, keepdim=True), square.sum(-1, keepdim=True)
         dtypes = [new[name].dtype for name in names]
         for stored in _candidates(dtypes, old, slope, square):
             move = stored - old

@@ -5,8 +5,9 @@
     freeze(model)
 
 Codes find their places block by block (tune/blocks.py); after that scales, minima, norms and biases move from end to
-end. Without a teacher everything moves from end to end. Offsets are in steps of the grid. Matrices are rounded once per step and lent to the layers; their gradients are collected and handed to what moves (live/learner.py). Products
-are made in bfloat16 where the processor or accelerator has units for it; the codes are exact.
+end. Without a teacher everything moves from end to end. Matrices are rounded once per step and lent to layers; their
+gradients are collected and handed to what moves (live/learner.py). Products are made in bfloat16 where the processor or
+accelerator has units for it; codes are exact. Adam moves offsets in steps of the grid, scales by relative changes.
 
 Windows that are not trained on decide which state is kept; if none is clearly better than the start, the start is.
 Source: arXiv 1412.6980 (Adam); arXiv 2503.20552, arXiv 2502.04420 for distillation as the loss of quantized models.

@@ -1,0 +1,17 @@
+"""The compiled library is found, or is None."""
+
+from __future__ import annotations
+
+from whit import native
+from whit.kernels.library import NATIVE
+
+
+def test_kernels_and_grids_share_one_library() -> None:
+    assert (native.LIBRARY is None) == (NATIVE is None)
+    assert NATIVE is None or NATIVE.library is native.LIBRARY
+
+
+def test_a_built_library_has_all_that_is_called() -> None:
+    assert native.LIBRARY is None or all(
+        hasattr(native.LIBRARY, name) for name in ("whit_linear", "whit_dequantize", "whit_rows", "whit_segments")
+    )
