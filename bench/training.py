@@ -36,9 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", nargs="*", default=["2", "3", "4", "q4_0"])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--rate", type=float, default=0.03)
+    parser.add_argument("--block-steps", type=int, default=120)
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     model, name = open_model(arguments.model), Path(arguments.model).name
@@ -50,14 +51,14 @@ def main() -> None:
     save_file({"tokens": docs.contiguous()}, tokens)
     ids = windows(tokenizer.encode(default_text().content), limit=REPORTED)
     reference = final_states(model, ids)
-    print(f"{name}, {arguments.steps} steps of 2 windows\n")
+    print(f"{name}, {arguments.block_steps} steps of 4 windows in every block, {arguments.steps} of 2 end to end\n")
     print("| file | KL | trained | perplexity (original) | trained | of the loss | CPU seconds | bytes |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for row in arguments.rows:
         start, out = _start(row, folder, arguments.samples), WORK / f"trained-{name}-{row}"
         out = out.with_suffix(start.suffix)
         command = [sys.executable, "-m", "bench.tuned", start, folder, tokens, out, "--steps", str(arguments.steps)]
-        done = run(*command, "--rate", str(arguments.rate))
+        done = run(*command, "--rate", str(arguments.rate), "--block-steps", str(arguments.block_steps))
         first, second = (compare_states(final_states(open_model(each), ids), reference, ids) for each in (start, out))
         lost = first.perplexity - first.perplexity_reference
         back = (first.perplexity - second.perplexity) / lost

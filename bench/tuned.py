@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,15 +25,20 @@ def main() -> None:
     for name in ("start", "original", "tokens", "out"):
         parser.add_argument(name)
     parser.add_argument("--train", default="full")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--block-steps", type=int, default=120)
+    parser.add_argument("--rate", type=float, default=0.03)
     arguments = parser.parse_args()
     held_out, windows = shared_out(load_file(arguments.tokens)["tokens"])
-    tuning = Tuning(arguments.train, arguments.steps, arguments.batch, arguments.batch, arguments.rate)
+    tuning = Tuning(
+        arguments.train, arguments.steps, arguments.batch, arguments.batch, arguments.block_steps, rate=arguments.rate
+    )
     original = open_model(arguments.original)
     start, out = open_model(arguments.start), Path(arguments.out)
-    found = tune_file(start, out, windows, held_out, original, tuning, True, lambda *said: print(*said, flush=True))
+    found = tune_file(
+        start, out, windows, held_out, original, tuning, True, lambda *said: print(*said, file=sys.stderr)
+    )
     print(json.dumps(asdict(found)))
 
 

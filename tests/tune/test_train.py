@@ -16,8 +16,10 @@ from whit.models.skeleton import load_module
 from whit.tune.moving import learn, settle
 from whit.tune.train import Tuning, train
 
-WINDOWS = torch.tensor([random_tokens(32, seed) for seed in range(160)])
-QUICK = Tuning(steps=60, batch=16, at_once=16, rate=0.01, scale_rate=0.003, vector_rate=0.003)
+WINDOWS = torch.tensor([random_tokens(32, seed) for seed in range(80)])
+QUICK = Tuning(
+    steps=12, batch=8, at_once=8, block_steps=20, block_batch=8, rate=0.03, scale_rate=0.003, vector_rate=0.003
+)
 
 
 def pair(kind: str, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -57,12 +59,22 @@ def test_a_frozen_model_can_be_trained_again(tmp_path: Path) -> None:
     freeze(model)
 
 
+def test_codes_that_are_trained_from_end_to_end(tmp_path: Path) -> None:
+    model, teacher = pair("llama", tmp_path)
+    quantize(model, weights=qint4)
+    settings = Tuning(steps=40, batch=16, at_once=16, block_steps=0, rate=0.01, scale_rate=0.003, vector_rate=0.003)
+    found = train(model, WINDOWS, teacher, tuning=settings)
+    assert found.blocks == 0
+    assert found.after < found.before
+    assert found.moved > 0
+
+
 def test_checkpoints_change_nothing_but_memory(tmp_path: Path) -> None:
     results = []
     for checkpoints in (False, True):
         model, teacher = pair("llama", tmp_path / str(checkpoints))
         quantize(model, weights=qint4)
-        tuning = Tuning(steps=6, batch=4, at_once=4, checkpoints=checkpoints)
+        tuning = Tuning(steps=6, batch=4, at_once=4, block_steps=3, checkpoints=checkpoints)
         train(model, WINDOWS, teacher, tuning=tuning)
         assert not model.training
         results.append([each.quantized().dequantize() for each in twins_of(model)])
@@ -75,7 +87,7 @@ def test_the_same_seed_gives_the_same_codes(tmp_path: Path) -> None:
     for n, seed in enumerate((0, 0, 1)):
         model, teacher = pair("llama", tmp_path / str(n))
         quantize(model, weights=qint4)
-        train(model, WINDOWS, teacher, tuning=Tuning(steps=8, batch=4, scale_rate=0.01, seed=seed))
+        train(model, WINDOWS, teacher, tuning=Tuning(steps=8, batch=4, block_steps=3, scale_rate=0.01, seed=seed))
         results.append(torch.cat([each.quantized().dequantize().flatten() for each in twins_of(model)]))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])

@@ -64,12 +64,12 @@ class Tuning:
     """
 
     train: str = FULL
-    steps: int = 300
+    steps: int = 100
     batch: int = 4
     at_once: int = 2
-    block_steps: int = 100
+    block_steps: int = 200
     block_batch: int = 4
-    rate: float = 0.01
+    rate: float = 0.02
     scale_rate: float = 1e-3
     vector_rate: float = 1e-3
     rank: int = RANK
@@ -273,6 +273,7 @@ class Run:
         tell(0, 1, "looking at the blocks of the original")
         for vector in self._vectors.values():
             vector.show()
+            vector.rest(True)
         blocks = Blocks(self._model, original, self.ids, self._n_held)
         for index in range(blocks.n):
             own = blocks.learners(index, self._own)
@@ -288,6 +289,8 @@ class Run:
         if blocks.n:
             for learner, _ in self._own:  # of the embedding and the head
                 learner.commit()
+        for vector in self._vectors.values():
+            vector.rest(False)
 
     def _look(self, teacher: Wanted | None) -> None:
         """Keep this state if text that is not trained on says so."""
@@ -368,6 +371,11 @@ class _Vector:
     def __init__(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
         self._parameter, self._dtype = parameter, dtype
         self.value = nn.Parameter(parameter.detach().float().clone())
+        self.size = self.value.detach().square().mean().sqrt().item() or 1.0  # root mean square, at the start
+
+    def rest(self, resting: bool) -> None:
+        """Whether it takes no part for now."""
+        self._parameter.requires_grad_(not resting)
 
     def show(self) -> None:
         self._parameter.data.copy_(self.value.data.to(self._dtype))
@@ -375,11 +383,6 @@ class _Vector:
     def collect(self) -> None:
         self.value.grad = None if self._parameter.grad is None else self._parameter.grad.float()
         self._parameter.grad = None
-
-    @property
-    def rate(self) -> float:
-        """Its root mean square."""
-        return self.value.detach().square().mean().sqrt().item() or 1.0
 
 
 def _optimizer(
@@ -396,5 +399,5 @@ def _optimizer(
             groups.append({"params": [value], "lr": rate})
     for name, vector in vectors.items():
         moving[name] = vector.value
-        groups.append({"params": [vector.value], "lr": tuning.vector_rate * vector.rate})
+        groups.append({"params": [vector.value], "lr": tuning.vector_rate * vector.size})
     return moving, torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
