@@ -150,7 +150,7 @@ def test_tied_and_unreached_matrices_stay_whole() -> None:
         ({"weights": qint4, "salient": 0.01}, "salient= chooses channels for what arrives at the layers"),
         ({"weights": qint4, "salient": 1.0, "calibration": TEXT}, "is not a share of the input channels"),
         ({"weights": "iq4_nl", "salient": 0.01, "calibration": TEXT}, "iq4_nl has no zero to put there"),
-        ({"weights": "codebook4", "salient": 0.01, "calibration": TEXT}, "codebook4 has no zero to put there"),
+        ({"weights": "kmeans4", "salient": 0.01, "calibration": TEXT}, "kmeans4 has no zero to put there"),
         ({"salient": 0.01, "calibration": TEXT}, "give weights=, too"),
     ],
 )

@@ -64,7 +64,7 @@ def test_what_is_no_share(text: str) -> None:
         ("awq-4bit-g32", "int4-g32-asym", "f16"),
         ("w8a8", "int8", "f16"),
         ("whit-nf4-g32", "nf4-g32", "int8-g32"),
-        ("whit-codebook2", "codebook2", "int8-g64"),
+        ("whit-kmeans2", "kmeans2", "int8-g64"),
     ],
 )
 def test_the_next_better_type(llama: Model, recipe: str, before: str, after: str) -> None:
