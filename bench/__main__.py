@@ -1,4 +1,4 @@
-"""`make bench`: every measurement, one after the other. Builds the peers on first use; takes about three hours.
+"""`make bench`: every measurement, one after the other. Builds the peers on first use; takes about four hours.
 
 Single ones: `python -m bench.NAME`, with the arguments below.
 """
@@ -29,6 +29,8 @@ COMMANDS = (
     ("budget", SMALL, "--runtime", "Q4_K_M", "IQ4_XS"),
     ("loading",),
     ("gpu",),
+    ("training",),
+    ("quantizers",),
     ("methods",),
     ("live",),
     ("kernels",),
