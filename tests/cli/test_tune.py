@@ -71,7 +71,7 @@ def test_an_original_is_quantized_and_trained(llama: Path, tmp_path: Path, capsy
 def test_without_a_teacher_the_text_is_learned(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.gguf"
     assert run(["quantize", str(llama), "--recipe", "q4_0", "--rounding", "nearest", "-o", str(file)]) == 0
-    command = ["tune", str(file), "--data", "docs", "--windows", "24", "--steps", "2", "--train", "scales"]
+    command = ["tune", str(file), "--data", "docs", "--windows", "24", "--steps", "2"]
     assert run([*command, "-o", str(tmp_path / "b.gguf")]) == 0
     assert "predicting the text" in capsys.readouterr().out
 

@@ -43,9 +43,12 @@ def command(
     data: Annotated[str, typer.Option(help=CALIB_HELP)] = MIXED,
     windows: Annotated[int, typer.Option(min=4, help="Windows of 512 tokens to train on.")] = WINDOWS,
     train: Annotated[
-        str,
-        typer.Option(help="What moves: `full` (codes, scales, norms), `lora` (codes by low rank), or `scales`."),
-    ] = "full",
+        str | None,
+        typer.Option(
+            help="What moves: `full` (codes, scales, norms), `lora` (codes by low rank), or `scales`. When nothing is "
+            "said, `full` with an original to follow, else `scales`."
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="With --train lora.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Steps from end to end.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 4,
@@ -65,13 +68,16 @@ def command(
     With a teacher the file learns to predict as the original does, without one to predict the text. Repeat the command
     to go on with a run that was interrupted.
     """
-    from whit.tune.files import Tuning, tune_file  # it imports transformers, which takes seconds
+    from whit.tune.files import tune_file  # they import transformers, which takes seconds
+    from whit.tune.moving import FULL, SCALES
+    from whit.tune.train import Tuning
 
     console = Console(highlight=False, markup=False)
     if qat is not None and teacher is not None:
         raise RecipeError("With --qat FILE itself is the teacher: leave --teacher out.")
+    alone = teacher is None and qat is None
     tuning = Tuning(
-        train,
+        train or (SCALES if alone else FULL),
         steps,
         batch,
         block_steps=block_steps,
