@@ -18,9 +18,14 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def rounded(model: Path) -> Path:
+    file = model.with_name("a.gguf")
+    assert run(["quantize", str(model), "--recipe", "q4_0", "--rounding", "nearest", "-o", str(file)]) == 0
+    return file
+
+
 def test_a_file_is_trained_after_its_original(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, out = tmp_path / "a.gguf", tmp_path / "b.gguf"
-    assert run(["quantize", str(llama), "--recipe", "q4_0", "--rounding", "nearest", "-o", str(file)]) == 0
+    file, out = rounded(llama), tmp_path / "b.gguf"
     command = [
         "tune",
         str(file),
@@ -69,8 +74,7 @@ def test_an_original_is_quantized_and_trained(llama: Path, tmp_path: Path, capsy
 
 
 def test_without_a_teacher_the_text_is_learned(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "a.gguf"
-    assert run(["quantize", str(llama), "--recipe", "q4_0", "--rounding", "nearest", "-o", str(file)]) == 0
+    file = rounded(llama)
     command = ["tune", str(file), "--data", "docs", "--windows", "24", "--steps", "2"]
     assert run([*command, "-o", str(tmp_path / "b.gguf")]) == 0
     assert "predicting the text" in capsys.readouterr().out

@@ -12,9 +12,9 @@ from whit.live.quantize import quantize, twins_of
 from whit.live.types import qint3
 from whit.models.open import open_model
 from whit.models.skeleton import load_module
+from whit.tune.adam import Adam, Rates
 from whit.tune.blocks import Blocks
 from whit.tune.moving import borrowers, learn
-from whit.tune.train import Tuning, _optimizer
 
 IDS = torch.tensor([random_tokens(40, seed) for seed in range(24)])
 
@@ -27,12 +27,12 @@ def test_every_block_gets_nearer_to_the_originals(kind: str, tmp_path: Path) -> 
     own = borrowers(model, learn(model))
     blocks = Blocks(model, teacher, IDS, 4)
     assert blocks.n == len(teacher.get_decoder().layers if kind != "gpt2" else teacher.transformer.h)
-    tuning = Tuning(rate=0.03)
+    rates = Rates(0.03, 1e-3, 1e-3)
     inside, ratios, moved = [], [], 0
     for index in range(blocks.n):
         mine = blocks.learners(index, own)
         inside += [learner for learner, _ in mine]
-        before, after = blocks.train(index, mine, _optimizer(mine, {}, tuning)[1], 24, 8, 0)
+        before, after = blocks.train(index, mine, Adam(mine, {}, rates), 24, 8, 0)
         assert 0 < after <= before
         ratios.append(after / before)
         moved += sum(int((learner.codes != learner.quantized().codes).sum()) for learner, _ in mine)
@@ -50,7 +50,7 @@ def test_a_block_that_does_not_get_better_stays(tmp_path: Path) -> None:
     before = [learner.quantized().dequantize() for learner, _ in own]
     blocks = Blocks(model, teacher, IDS, 4)
     mine = blocks.learners(0, own)
-    first, second = blocks.train(0, mine, _optimizer(mine, {}, Tuning(rate=30.0))[1], 3, 4, 0)
+    first, second = blocks.train(0, mine, Adam(mine, {}, Rates(30.0, 1e-3, 1e-3)), 3, 4, 0)
     assert first == second
     assert all(torch.equal(a, learner.quantized().dequantize()) for a, (learner, _) in zip(before, own, strict=True))
 

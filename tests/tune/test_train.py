@@ -69,17 +69,31 @@ def test_codes_that_are_trained_from_end_to_end(tmp_path: Path) -> None:
     assert found.moved > 0
 
 
-def test_checkpoints_change_nothing_but_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_checkpoints_change_nothing_but_memory(kind: str, tmp_path: Path) -> None:
     results = []
     for checkpoints in (False, True):
-        model, teacher = pair("llama", tmp_path / str(checkpoints))
+        model, teacher = pair(kind, tmp_path / str(checkpoints))
         quantize(model, weights=qint4)
+        model.train()  # GPT-2 drops a tenth of its activations then
         tuning = Tuning(steps=6, batch=4, at_once=4, block_steps=3, checkpoints=checkpoints)
         train(model, WINDOWS, teacher, tuning=tuning)
-        assert not model.training
+        assert all(each.training for each in model.modules())
+        assert not any(getattr(each, "gradient_checkpointing", False) for each in model.modules())
         results.append([each.quantized().dequantize() for each in twins_of(model)])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+def test_it_stops_when_the_minutes_are_over(tmp_path: Path) -> None:
+    model, teacher = pair("llama", tmp_path)
+    quantize(model, weights=qint4)
+    said: list[str] = []
+    tuning = Tuning(steps=50, batch=4, block_steps=3, minutes=0.0)
+    found = train(model, WINDOWS, teacher, tuning=tuning, progress=lambda done, total, what: said.append(what))
+    assert found.steps <= 1
+    assert found.blocks == 0
+    assert not any("block 0" in what for what in said)
 
 
 def test_the_same_seed_gives_the_same_codes(tmp_path: Path) -> None:

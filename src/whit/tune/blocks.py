@@ -13,17 +13,16 @@ Source: arXiv 2407.11062 (EfficientQAT, block-wise training of all parameters); 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import cos, pi
 
 import torch
 from torch import Tensor, nn
 
 from whit.live.chain import called, chain_of, states_of
 from whit.live.run import Call
+from whit.tune.adam import Adam
 from whit.tune.halves import fast
 from whit.tune.moving import Own, collect, give_back, lent
 
-WARM = 5  # steps in which rates rise
 AT_ONCE = 4  # windows per forward pass that is not trained on
 
 
@@ -64,13 +63,14 @@ class Blocks:
         self,
         index: int,
         own: Own,
-        adam: torch.optim.Optimizer | None,
+        adam: Adam | None,
         steps: int,
         batch: int,
         seed: int,
     ) -> tuple[float, float]:
         """Train one block and go on to the next; its loss on other windows before and after.
 
+        index  of the blocks in turn: hidden states move on with every call
         adam  of what moves in it; None only goes on
         """
         assert self._chain is not None
@@ -82,15 +82,12 @@ class Blocks:
             weights = self._weights()
             before = self._loss(block, index, own, weights)
             kept = [value.detach().clone() for learner, _ in own for value in learner.moving()]
-            rates = [group["lr"] for group in adam.param_groups]
             order = torch.Generator().manual_seed(seed + index)
             n = len(self._reached) - self._n_held
             for step in range(steps):
                 chosen = (torch.randperm(n, generator=order)[:batch] + self._n_held).tolist()
-                share = min(1.0, (step + 1) / WARM) * 0.5 * (1 + cos(pi * step / steps))
-                for group, rate in zip(adam.param_groups, rates, strict=True):
-                    group["lr"] = rate * share
-                self._step(block, index, own, adam, chosen, weights)
+                self._gradients(block, index, own, chosen, weights)
+                adam.step(step, steps)
             after = self._loss(block, index, own, weights)
             if not after < before:
                 after = before
@@ -104,15 +101,8 @@ class Blocks:
             give_back(own)
         return before, after
 
-    def _step(
-        self,
-        block: nn.Module,
-        index: int,
-        own: Own,
-        adam: torch.optim.Optimizer,
-        chosen: list[int],
-        weights: list[Tensor],
-    ) -> None:
+    def _gradients(self, block: nn.Module, index: int, own: Own, chosen: list[int], weights: list[Tensor]) -> None:
+        """Those of the loss of some windows, up to a factor that Adam does not see."""
         made = lent(own, True)
         x = torch.cat([self._reached[n] for n in chosen])
         with torch.enable_grad(), fast(self._ids.device):
@@ -122,8 +112,6 @@ class Blocks:
         out.backward(off.to(out.dtype))
         collect(own, made)
         give_back(own)
-        adam.step()
-        adam.zero_grad(set_to_none=True)
 
     def _loss(self, block: nn.Module, index: int, own: Own, weights: list[Tensor]) -> float:
         lent(own, False)

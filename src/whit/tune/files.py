@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from whit.checkpoints.atomic import check_folder, whole_file
+from whit.checkpoints.atomic import check_folder, check_target, whole_file
 from whit.checkpoints.source import TensorInfo, TensorSource
 from whit.grids.quantized import QuantizedTensor
 from whit.live.checkpoint import live_model, matrices_of, without_inner
@@ -30,7 +30,7 @@ from whit.pipeline.rewrite import check_pair, folder_job, rewrite_folder, rewrit
 from whit.pipeline.stored import gathered, joined, stored_of
 from whit.tune.moving import learn, settle, vectors_of
 from whit.tune.state import Keeper
-from whit.tune.train import Progress, Run, Teacher, Tuned, Tuning
+from whit.tune.train import Progress, Run, Teacher, Tuned, Tuning, training_mode
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -58,6 +58,8 @@ def tune_file(
     job = None if candidate.gguf_tensors is not None else folder_job(candidate, stored)
     if job is not None:
         check_folder(path, job.n_bytes, overwrite)
+    else:
+        check_target(path, candidate.n_bytes, overwrite)
     model = live_model(candidate, torch.float32)
     learners = learn(model, tuning.train, tuning.rank, tuning.seed)
     keeper = Keeper(path, _fingerprint(learners, original, windows, held_out, tuning))
@@ -67,16 +69,16 @@ def tune_file(
     keeper.restore(run)
     theirs = None if original is None else live_model(original, torch.float32)
     teacher = None if theirs is None else Teacher(theirs, run.ids, progress)
-    if job is not None:
+    with training_mode(model, tuning.checkpoints):
         found = run.train(teacher, theirs, progress, keeper.save)
-        settle(model)
-        rewrite_folder(job, stored, path, overwrite, back if found.changed else None)
+    settle(model)
+    changes = back if found.changed else None
+    if job is not None:
+        rewrite_folder(job, stored, path, overwrite, changes)
     else:
         assert candidate.gguf_tensors is not None
         with whole_file(path, candidate.gguf_tensors.n_bytes, overwrite) as file:
-            found = run.train(teacher, theirs, progress, keeper.save)
-            settle(model)
-            rewrite_gguf(candidate.gguf_tensors, file, back if found.changed else None)
+            rewrite_gguf(candidate.gguf_tensors, file, changes)
     keeper.done()
     return found
 
@@ -196,5 +198,6 @@ class _Overlay:
 def _rows(matrix: QuantizedTensor, rows: slice) -> QuantizedTensor:
     """Some rows of a matrix."""
     n = len(range(*rows.indices(matrix.shape[0])))
-    params = {name: each[rows] if each.shape[0] == matrix.shape[0] else each for name, each in matrix.params.items()}
+    own = [name for name, each in matrix.params.items() if each.dim() > 1 and each.shape[0] == matrix.shape[0]]
+    params = {name: each[rows] if name in own else each for name, each in matrix.params.items()}
     return QuantizedTensor(matrix.grid, (n, matrix.shape[1]), matrix.codes[rows], params)

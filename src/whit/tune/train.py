@@ -10,15 +10,15 @@ gradients are collected and handed to what moves (live/learner.py). Products are
 accelerator has units for it; codes are exact. Adam moves offsets in steps of the grid, scales by relative changes.
 
 Windows that are not trained on decide which state is kept; if none is clearly better than the start, the start is.
-Source: arXiv 1412.6980 (Adam); arXiv 2503.20552, arXiv 2502.04420 for distillation as the loss of quantized models.
+Source: arXiv 2503.20552, arXiv 2502.04420 for distillation as the loss of quantized models.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import cos, pi
 from typing import Any, cast
 
 import torch
@@ -27,20 +27,17 @@ from torch import Tensor, nn
 from whit.errors import RecipeError, TextError
 from whit.evaluation.divergence import mean_and_error
 from whit.live.learner import Learner
+from whit.tune.adam import OFFSETS, Adam, Rates, Vector
 from whit.tune.blocks import Blocks
 from whit.tune.halves import Halves, fast
 from whit.tune.losses import Wanted, backward, losses
-from whit.tune.moving import FULL, RANK, Own, borrowers, collect, give_back, learn, lent, settle, vectors_of
+from whit.tune.moving import FULL, RANK, borrowers, collect, give_back, learn, lent, settle, vectors_of
 
 Progress = Callable[[int, int, str], None]
 Save = Callable[["Run"], None]
-BETAS, EPSILON = (0.9, 0.95), 1e-12
-OFFSETS = ("offset", "A", "B")  # of a learner
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch's Adam
-REFERENCE_BITS = 4.5  # at which scale_rate is what it says; it falls with the step of the grid
 CHECKS = 4  # looks at the text that is not trained on
 CLEARLY = 2.0  # standard errors of the paired difference
-WARM = 5  # steps in which rates rise
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Tuning:
     vector_rate  change of norms and biases, relative to their root mean square
     rank         for "lora"
     seed         of the order of windows
-    minutes      stop after the check that comes after so many
+    minutes      stop after the block or step that comes after so many
     checkpoints  keep only what goes into blocks and run them twice: less memory, a third more time
     """
 
@@ -76,6 +73,11 @@ class Tuning:
     seed: int = 0
     minutes: float | None = None
     checkpoints: bool = False
+
+    @property
+    def rates(self) -> Rates:
+        """Of everything that moves."""
+        return Rates(self.rate, self.scale_rate, self.vector_rate)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.at_once < 1:
@@ -129,14 +131,33 @@ def train(
         n = max(1, len(windows) // 8)
         held_out, windows = windows[:n], windows[n:]
     learners = learn(model, tuning.train, tuning.rank, tuning.seed)
-    was_training = model.training
-    try:
+    with training_mode(model, tuning.checkpoints):
         run = Run(model, learners, torch.cat([held_out, windows]), len(held_out), tuning)
         follow = None if teacher is None else Teacher(teacher, run.ids, progress)
-        return run.train(follow, teacher, progress)
+        found = run.train(follow, teacher, progress)
+    settle(model)
+    return found
+
+
+@contextmanager
+def training_mode(model: nn.Module, checkpoints: bool) -> Iterator[None]:
+    """While the context lasts nothing is dropped, and blocks are run twice where that is wanted.
+
+    transformers runs a block twice when the block itself says that it is training; what is in it need not.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    if checkpoints:
+        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
+    try:
+        yield
     finally:
-        settle(model)
-        model.train(was_training)
+        if checkpoints:
+            cast(Any, model).gradient_checkpointing_disable()
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class Teacher:
@@ -144,7 +165,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, ids: Tensor, progress: Progress | None = None) -> None:
         """ids  [windows, length] int64, all windows that will be asked for"""
-        self._halves, self._length = Halves(model), ids.shape[1]
+        self._halves = Halves(model)
         self._states: list[Tensor] = []
         for index, window in enumerate(ids):
             if progress is not None:
@@ -180,7 +201,7 @@ class Run:
         self._model, self._own = model, borrowers(model, learners)
         self._halves = Halves(model)
         vectors = {name: each for name, each in vectors_of(model).items() if each.requires_grad}
-        self._vectors = {name: _Vector(each, (types or {}).get(name, each.dtype)) for name, each in vectors.items()}
+        self._vectors = {name: Vector(each, (types or {}).get(name, each.dtype)) for name, each in vectors.items()}
         order = torch.Generator().manual_seed(tuning.seed)
         n, needed = len(ids) - n_held, tuning.steps * tuning.batch
         self._order = torch.cat([torch.randperm(n, generator=order) + n_held for _ in range(-(-needed // n))])
@@ -189,10 +210,7 @@ class Run:
         self._kept = (0, 0)  # blocks and steps behind that state
         self._first = self._best = torch.empty(0)
         self._moments: Mapping[str, Tensor] = {}  # of an earlier run
-        self._moving, self._adam = _optimizer(self._own, self._vectors, tuning)
-        if tuning.checkpoints:
-            cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()
+        self._adam = Adam(self._own, self._vectors, tuning.rates)
 
     def train(
         self,
@@ -207,28 +225,31 @@ class Run:
         save      called whenever there is something new to keep
         """
         tuning, started = self._tuning, time.perf_counter()
+
+        def late() -> bool:
+            return tuning.minutes is not None and time.perf_counter() - started > 60 * tuning.minutes
+
         tell, keep = progress or (lambda done, total, what: None), save or (lambda run: None)
         if not self._first.numel():
             tell(0, tuning.steps, "looking at other text")
             self._first = self._best = self._held_out(teacher)
         if original is not None and tuning.block_steps and not self.step:
-            self._train_blocks(original, tell, keep)
+            self._train_blocks(original, tell, keep, late)
             self._look(teacher)
             if self._kept == (0, 0):
                 self._restore(self._start)
-        self._moving, self._adam = _optimizer(self._own, self._vectors, tuning)
+        self._adam = Adam(self._own, self._vectors, tuning.rates)
         self._recall_moments()
-        rates = [group["lr"] for group in self._adam.param_groups]
         every = max(1, tuning.steps // CHECKS)
         while self.step < tuning.steps:
-            loss = self._one(teacher, rates)
-            late = tuning.minutes is not None and time.perf_counter() - started > 60 * tuning.minutes
-            if self.step % every == 0 or self.step == tuning.steps or late:
+            loss = self._one(teacher)
+            over = late()
+            if self.step % every == 0 or self.step == tuning.steps or over:
                 self._look(teacher)
             seen = f"other text {self._best.mean():.4f}, was {self._first.mean():.4f}"
             tell(self.step, tuning.steps, f"loss {loss:.4f}; {seen}")
             keep(self)
-            if late:
+            if over:
                 break
         mean, error = mean_and_error(self._best - self._first)
         if not mean < -CLEARLY * error:
@@ -247,7 +268,7 @@ class Run:
         if self._kept != (0, 0):
             found |= {f"kept.{name}": each.clone() for name, each in self._state.items()}
         if self.step:
-            for name, value in self._moving.items():
+            for name, value in self._adam.moving.items():
                 found |= {f"{key}.{name}": self._adam.state[value][key] for key in MOMENTS}
         return found
 
@@ -263,11 +284,11 @@ class Run:
     def _recall_moments(self) -> None:
         """Of a run that went on end to end."""
         if self.step:
-            for name, value in self._moving.items():
+            for name, value in self._adam.moving.items():
                 self._adam.state[value] = {key: self._moments[f"{key}.{name}"].to(value.device) for key in MOMENTS}
         self._moments = {}
 
-    def _train_blocks(self, original: nn.Module, tell: Progress, keep: Save) -> None:
+    def _train_blocks(self, original: nn.Module, tell: Progress, keep: Save, late: Callable[[], bool]) -> None:
         """Let every block learn from the original's; its codes stay where that leaves them."""
         tuning = self._tuning
         tell(0, 1, "looking at the blocks of the original")
@@ -276,9 +297,11 @@ class Run:
             vector.rest(True)
         blocks = Blocks(self._model, original, self.ids, self._n_held)
         for index in range(blocks.n):
+            if late():
+                break
             own = blocks.learners(index, self._own)
             new = index >= self.block
-            adam = _optimizer(own, {}, tuning)[1] if new and own else None
+            adam = Adam(own, {}, tuning.rates) if new and own else None
             before, after = blocks.train(index, own, adam, tuning.block_steps, tuning.block_batch, tuning.seed)
             if new:
                 for learner, _ in own:
@@ -298,13 +321,10 @@ class Run:
         if now.mean() < self._best.mean():
             self._best, self._state, self._kept = now, self._copy(), (self.block, self.step)
 
-    def _one(self, teacher: Wanted | None, rates: Sequence[float]) -> float:
+    def _one(self, teacher: Wanted | None) -> float:
         """A step; the mean loss before it."""
         tuning, total = self._tuning, 0.0
         chosen = self._order[self.step * tuning.batch :][: tuning.batch]
-        warm = min(1.0, (self.step + 1) / WARM)
-        for group, rate in zip(self._adam.param_groups, rates, strict=True):
-            group["lr"] = rate * warm * 0.5 * (1 + cos(pi * self.step / tuning.steps))
         for vector in self._vectors.values():
             vector.show()
         made = lent(self._own, True)
@@ -318,8 +338,7 @@ class Run:
         give_back(self._own)
         for vector in self._vectors.values():
             vector.collect()
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        self._adam.step(self.step, tuning.steps)
         self.step += 1
         return total
 
@@ -363,41 +382,3 @@ class Run:
 
 def _under(memory: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): each for name, each in memory.items() if name.startswith(prefix)}
-
-
-class _Vector:
-    """A norm or bias: what moves is float32, what is seen is as the file has it."""
-
-    def __init__(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-        self._parameter, self._dtype = parameter, dtype
-        self.value = nn.Parameter(parameter.detach().float().clone())
-        self.size = self.value.detach().square().mean().sqrt().item() or 1.0  # root mean square, at the start
-
-    def rest(self, resting: bool) -> None:
-        """Whether it takes no part for now."""
-        self._parameter.requires_grad_(not resting)
-
-    def show(self) -> None:
-        self._parameter.data.copy_(self.value.data.to(self._dtype))
-
-    def collect(self) -> None:
-        self.value.grad = None if self._parameter.grad is None else self._parameter.grad.float()
-        self._parameter.grad = None
-
-
-def _optimizer(
-    own: Own, vectors: Mapping[str, _Vector], tuning: Tuning
-) -> tuple[dict[str, nn.Parameter], torch.optim.Adam]:
-    """What moves, by name, and what moves it: rates in the units of each."""
-    moving: dict[str, nn.Parameter] = {}
-    groups: list[dict[str, Any]] = [{"params": [], "lr": 0.0}]
-    for n, (learner, _) in enumerate(own):
-        coarse = 2.0 ** (REFERENCE_BITS - learner.grid.bits_per_weight(learner.shape[1]))
-        for name, value in learner.named_parameters():
-            moving[f"{n}.{name}"] = value
-            rate = tuning.rate if name in OFFSETS else tuning.scale_rate * coarse
-            groups.append({"params": [value], "lr": rate})
-    for name, vector in vectors.items():
-        moving[name] = vector.value
-        groups.append({"params": [vector.value], "lr": tuning.vector_rate * vector.size})
-    return moving, torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
