@@ -21,12 +21,10 @@ import torch
 from safetensors.torch import save_file
 
 from bench.measure import run
+from bench.models import inputs
 from bench.peers import WORK
-from whit.calibration.text import default_text, documentation_text, windows
 from whit.evaluation.compare import compare_states, final_states
 from whit.models.open import open_model
-from whit.models.tokenizer import load_tokenizer
-from whit.pipeline.convert import convert
 
 SCRIPTS = Path(__file__).parent / "peer_scripts"
 TORCH = "torch==2.13.0"
@@ -68,26 +66,19 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=200, help="of AutoRound")
     parser.add_argument("--tools", nargs="*", default=[*TOOLS, *FASTER, *WHIT, TRAINED])
     arguments = parser.parse_args()
-    name = Path(arguments.model).name
-    model = open_model(arguments.model)
-    folder, tokens = WORK / f"{name}-f32", WORK / f"{name}.tokens.safetensors"
-    WORK.mkdir(parents=True, exist_ok=True)
-    if not folder.exists():
-        convert(model, "f32", folder, requantize=False)
-    tokenizer = load_tokenizer(model)
-    docs = windows(tokenizer.encode(documentation_text("calibration").content), limit=arguments.samples)
-    save_file({"tokens": docs.contiguous()}, tokens)
-    ids = windows(tokenizer.encode(default_text().content), limit=REPORTED)
+    given = inputs(arguments.model, arguments.samples, REPORTED)
+    model, name, ids = open_model(arguments.model), given.name, given.ids
     reference, reference_of_few = final_states(model, ids), final_states(model, ids[:OWN])
     print(
-        f"{name}, {arguments.bits} bits in groups of {arguments.group}, symmetric, {len(docs)} windows of 512 tokens\n"
+        f"{name}, {arguments.bits} bits in groups of {arguments.group}, symmetric, "
+        f"{arguments.samples} windows of 512 tokens\n"
     )
     save_file({"tokens": ids.contiguous()}, WORK / f"{name}.reported.safetensors")
     print("| tool | KL | same top | perplexity (original) | CPU seconds | wall | peak MB | MB of layers | own reader |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for tool in arguments.tools:
         out = _out(name, tool, arguments)
-        cost = _cost(tool, folder, tokens, out, arguments)
+        cost = _cost(tool, given.folder, given.tokens, out, arguments)
         found = compare_states(final_states(open_model(out), ids), reference, ids)
         few = compare_states(final_states(open_model(out), ids[:OWN]), reference_of_few, ids[:OWN])
         tensors = open_model(out).tensors

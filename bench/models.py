@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.peers import WORK
 from bench.small_model import VOCABULARY, tokenizer_of
-from whit.calibration.text import documentation_text
+from whit.calibration.text import default_text, documentation_text, windows
 from whit.models.open import open_model
 from whit.models.skeleton import load_module
-from whit.models.tokenizer import save_tokenizer
+from whit.models.tokenizer import load_tokenizer, save_tokenizer
+from whit.pipeline.convert import convert
 from whit.pipeline.quantize import write_gguf
 from whit.recipes.named import recipe_named
 
@@ -36,6 +40,35 @@ def float_folder() -> Path:
         save_tokenizer(model, folder)
         load_module(model).save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What tools that read one text are given.
+
+    name    of the model, for file names
+    folder  the model in float32
+    tokens  a safetensors file with `tokens` [windows, 512], to calibrate and to train on
+    ids     [windows, 512] int64 of held-out text
+    """
+
+    name: str
+    folder: Path
+    tokens: Path
+    ids: Tensor
+
+
+def inputs(model: str, samples: int, reported: int) -> Inputs:
+    """Made in bench/work where they are not there yet."""
+    opened, name = open_model(model), Path(model).name
+    folder, tokens = WORK / f"{name}-f32", WORK / f"{name}.tokens.safetensors"
+    WORK.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        convert(opened, "f32", folder, requantize=False)
+    tokenizer = load_tokenizer(opened)
+    docs = windows(tokenizer.encode(documentation_text("calibration").content), limit=samples)
+    save_file({"tokens": docs.contiguous()}, tokens)
+    return Inputs(name, folder, tokens, windows(tokenizer.encode(default_text().content), limit=reported))
 
 
 def wide_folder(layers: int) -> Path:

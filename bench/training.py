@@ -1,6 +1,6 @@
 """What training with quantization in the loop brings back: files that are badly hurt, and llama.cpp's.
 
-`python -m bench.training [--rows 2 3 4 q4_0] [--steps 300]`
+`python -m bench.training [--rows 2 3 4 q4_0] [--steps 80] [--block-steps 120]`
 
 2, 3, 4   folders of GPTQ in groups of 64, preset `balanced` on 128 windows, trained on the same windows
 q4_0      a GGUF file by llama.cpp's own quantizer, trained after the original, read by llama.cpp afterwards
@@ -16,16 +16,12 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from bench.measure import run
-from bench.models import float_gguf
+from bench.models import float_gguf, inputs
 from bench.peers import WORK, llama_cpp
-from whit.calibration.text import default_text, documentation_text, windows
 from whit.evaluation.compare import compare_states, final_states
 from whit.models.open import open_model
-from whit.models.tokenizer import load_tokenizer
-from whit.pipeline.convert import convert
 from whit.runtime.generate import generate
 
 REPORTED = 24
@@ -41,23 +37,26 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.03)
     parser.add_argument("--block-steps", type=int, default=120)
     arguments = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    model, name = open_model(arguments.model), Path(arguments.model).name
-    folder, tokens = WORK / f"{name}-f32", WORK / f"{name}.tokens.safetensors"
-    if not folder.exists():
-        convert(model, "f32", folder, requantize=False)
-    tokenizer = load_tokenizer(model)
-    docs = windows(tokenizer.encode(documentation_text("calibration").content), limit=arguments.samples)
-    save_file({"tokens": docs.contiguous()}, tokens)
-    ids = windows(tokenizer.encode(default_text().content), limit=REPORTED)
+    given = inputs(arguments.model, arguments.samples, REPORTED)
+    model, name, ids = open_model(arguments.model), given.name, given.ids
     reference = final_states(model, ids)
     print(f"{name}, {arguments.block_steps} steps of 4 windows in every block, {arguments.steps} of 2 end to end\n")
     print("| file | KL | trained | perplexity (original) | trained | of the loss | CPU seconds | bytes |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for row in arguments.rows:
-        start, out = _start(row, folder, arguments.samples), WORK / f"trained-{name}-{row}"
+        start, out = _start(row, given.folder, arguments.samples), WORK / f"trained-{name}-{row}"
         out = out.with_suffix(start.suffix)
-        command = [sys.executable, "-m", "bench.tuned", start, folder, tokens, out, "--steps", str(arguments.steps)]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.tuned",
+            start,
+            given.folder,
+            given.tokens,
+            out,
+            "--steps",
+            str(arguments.steps),
+        ]
         done = run(*command, "--rate", str(arguments.rate), "--block-steps", str(arguments.block_steps))
         first, second = (compare_states(final_states(open_model(each), ids), reference, ids) for each in (start, out))
         lost = first.perplexity - first.perplexity_reference

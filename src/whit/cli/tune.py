@@ -50,12 +50,12 @@ def command(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="With --train lora.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Steps from end to end.")] = 100,
-    batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Steps from end to end.")] = 80,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 2,
     block_steps: Annotated[
         int, typer.Option(min=0, help="Steps in every block on its own, before; with a teacher.")
-    ] = 200,
-    rate: Annotated[float, typer.Option(min=0, help="How far codes move at first, in steps of the grid.")] = 0.02,
+    ] = 120,
+    rate: Annotated[float, typer.Option(min=0, help="How far codes move at first, in steps of the grid.")] = 0.03,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop after about so many minutes.")] = None,
     checkpoints: Annotated[
         bool, typer.Option("--checkpoints", help="Less memory, a third more time: blocks are run twice.")

@@ -42,7 +42,7 @@ CLEARLY = 2.0  # standard errors of the paired difference
 
 @dataclass(frozen=True)
 class Tuning:
-    """How long, how far, and what moves.
+    """How long, how far, and what moves; as it comes, what docs/benchmarks.md was measured with.
 
     train        "full", "lora" or "scales" (tune/moving.py)
     steps        of Adam
@@ -61,12 +61,12 @@ class Tuning:
     """
 
     train: str = FULL
-    steps: int = 100
-    batch: int = 4
+    steps: int = 80
+    batch: int = 2
     at_once: int = 2
-    block_steps: int = 200
+    block_steps: int = 120
     block_batch: int = 4
-    rate: float = 0.02
+    rate: float = 0.03
     scale_rate: float = 1e-3
     vector_rate: float = 1e-3
     rank: int = RANK
