@@ -71,7 +71,7 @@ class Learner(nn.Module):
     ) -> None:
         """From a quantized matrix.
 
-        codes, scales  whether they move
+        codes, scales  whether they move; codes also later, from `free` to `commit`
         original       [rows, cols] what was rounded: weights start where they were within the reach of their level
         rank, seed     of offsets that are a product
         """
@@ -82,23 +82,9 @@ class Learner(nn.Module):
         self.offset: nn.Parameter | None = None
         self.A: nn.Parameter | None = None
         self.B: nn.Parameter | None = None
-        if codes and rank is not None:
-            self.register_buffer("step", step_of(start.dequantize(), start), persistent=False)
-            (rows, cols), device = start.shape, start.codes.device
-            generator = torch.Generator().manual_seed(seed)
-            self.A = nn.Parameter((torch.randn(rank, cols, generator=generator) / rank**0.5).to(device))
-            self.B = nn.Parameter(torch.zeros(rows, rank, device=device))
-        elif codes:
-            W = start.dequantize()
-            self.register_buffer("step", step_of(W, start), persistent=False)
-            offset = torch.zeros(start.shape, device=W.device)
-            if original is not None:
-                reach = self.step[..., None]
-                distance = self._spans(original - W) / reach.clamp(min=torch.finfo(torch.float32).tiny)
-                offset = torch.where(reach > 0, distance, 0).clamp_(-INSIDE, INSIDE).view(start.shape)
-                stays = start.grid.round(W + self._steps(offset), start.params) == start.codes
-                offset *= stays.repeat_interleave(start.grid.step, 1)  # levels of a table may be nearer to each other
-            self.offset = nn.Parameter(offset)
+        self._original, self._rank, self._seed = original, rank, seed
+        if codes:
+            self.free()
         moving = list(start.params) if scales and hasattr(start.grid, "bases") else []
         self.changes = nn.ParameterDict(
             {
@@ -126,6 +112,26 @@ class Learner(nn.Module):
                 name: value if name not in self.changes else self._changed(name, value) for name, value in start.items()
             }
         return QuantizedTensor(self.grid, self.shape, codes, params)
+
+    def free(self) -> None:
+        """Codes move from where they are now on."""
+        start = QuantizedTensor(self.grid, self.shape, self.codes, self.stored.tensors)
+        W = start.dequantize()
+        self.register_buffer("step", step_of(W, start), persistent=False)
+        if self._rank is not None:
+            (rows, cols), device = self.shape, self.codes.device
+            generator = torch.Generator().manual_seed(self._seed)
+            self.A = nn.Parameter((torch.randn(self._rank, cols, generator=generator) / self._rank**0.5).to(device))
+            self.B = nn.Parameter(torch.zeros(rows, self._rank, device=device))
+            return
+        offset = torch.zeros(self.shape, device=W.device)
+        if self._original is not None:
+            reach = self.step[..., None]
+            distance = self._spans(self._original - W) / reach.clamp(min=torch.finfo(torch.float32).tiny)
+            offset = torch.where(reach > 0, distance, 0).clamp_(-INSIDE, INSIDE).view(self.shape)
+            stays = self.grid.round(W + self._steps(offset), start.params) == self.codes
+            offset *= stays.repeat_interleave(self.grid.step, 1)  # levels of a table may be nearer to each other
+        self.offset = nn.Parameter(offset)
 
     def commit(self, codes: Tensor | None = None) -> None:
         """Codes stay where they have come to, or where they are given; only scales move from now on."""

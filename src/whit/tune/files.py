@@ -61,16 +61,15 @@ def tune_file(
     else:
         check_target(path, candidate.n_bytes, overwrite)
     model = live_model(candidate, torch.float32)
-    learners = learn(model, tuning.train, tuning.rank, tuning.seed)
+    learners = learn(model, tuning.train, tuning.rank, tuning.seed, tuning.by_blocks(original is not None))
     keeper = Keeper(path, _fingerprint(learners, original, windows, held_out, tuning))
     back = _Back(candidate, model)
     types = dict.fromkeys(vectors_of(model), job.dtype) if job is not None else back.types()
     run = Run(model, learners, torch.cat([held_out, windows]), len(held_out), tuning, types)
     keeper.restore(run)
-    theirs = None if original is None else live_model(original, torch.float32)
-    teacher = None if theirs is None else Teacher(theirs, run.ids, progress)
+    teacher = None if original is None else Teacher(live_model(original, torch.float32), run.ids, progress)
     with training_mode(model, tuning.checkpoints):
-        found = run.train(teacher, theirs, progress, keeper.save)
+        found = run.train(teacher, progress, keeper.save)
     settle(model)
     changes = back if found.changed else None
     if job is not None:

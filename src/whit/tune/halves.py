@@ -37,6 +37,10 @@ class Halves:
         """The model keeps working as a whole."""
         self.hidden, self.logits = _cut(model) or (_whole(model), _as_they_are)
 
+    def only_logits(self) -> None:
+        """Let go of the first half."""
+        self.hidden = _gone
+
 
 def _cut(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
     """None when the halves do not add up to the model, or there are none."""
@@ -90,6 +94,10 @@ def _whole(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return cast(Tensor, (out if isinstance(out, Tensor) else out.logits).flatten(0, 1))
 
     return hidden
+
+
+def _gone(ids: Tensor) -> Tensor:
+    raise RuntimeError("only the second half is left")
 
 
 def _as_they_are(rows: Tensor) -> Tensor:

@@ -28,11 +28,14 @@ Own = Sequence[tuple[Learner, list[Twin]]]  # learners, and the twins that multi
 Lent = Sequence[tuple[QuantizedTensor, Tensor]]  # what a learner has come to, and its decoded matrix
 
 
-def learn(model: nn.Module, train: str = FULL, rank: int = RANK, seed: int = 0) -> list[Learner]:
+def learn(
+    model: nn.Module, train: str = FULL, rank: int = RANK, seed: int = 0, codes_later: bool = False
+) -> list[Learner]:
     """Let a quantized model learn, in place, whether it is frozen or not; what it computes does not change.
 
     train  one of KINDS
     rank   of the offsets, for "lora"
+    codes_later  codes move only once `Learner.free` is called, as where blocks take turns
     Everything that does not move has requires_grad off afterwards. Returns what learns, tied matrices once.
     Raises RecipeError for another kind, ModelError when nothing is quantized or something learns already.
     """
@@ -52,9 +55,8 @@ def learn(model: nn.Module, train: str = FULL, rank: int = RANK, seed: int = 0) 
         if key not in made:
             chosen = twin.frozen is not None or twin.fixed is not None
             original = None if chosen else twin.matrix.detach().float()
-            made[key] = Learner(
-                twin.quantized(), train != SCALES, True, original, rank if train == LORA else None, seed
-            )
+            free = train != SCALES and not codes_later
+            made[key] = Learner(twin.quantized(), free, True, original, rank if train == LORA else None, seed)
         if twin.frozen is not None:
             if id(home) not in thawed:
                 thawed[id(home)] = nn.Parameter(twin.weight.contiguous(), requires_grad=False)

@@ -31,7 +31,7 @@ from whit.tune.adam import OFFSETS, Adam, Rates, Vector
 from whit.tune.blocks import Blocks
 from whit.tune.halves import Halves, fast
 from whit.tune.losses import Wanted, backward, losses
-from whit.tune.moving import FULL, RANK, borrowers, collect, give_back, learn, lent, settle, vectors_of
+from whit.tune.moving import FULL, RANK, SCALES, borrowers, collect, give_back, learn, lent, settle, vectors_of
 
 Progress = Callable[[int, int, str], None]
 Save = Callable[["Run"], None]
@@ -78,6 +78,10 @@ class Tuning:
     def rates(self) -> Rates:
         """Of everything that moves."""
         return Rates(self.rate, self.scale_rate, self.vector_rate)
+
+    def by_blocks(self, followed: bool) -> bool:
+        """Whether codes move block by block. followed: whether there is a teacher."""
+        return followed and self.block_steps > 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.at_once < 1:
@@ -130,11 +134,10 @@ def train(
             raise TextError(f"{len(windows)} windows are too few to keep some apart: at least 4 are needed.")
         n = max(1, len(windows) // 8)
         held_out, windows = windows[:n], windows[n:]
-    learners = learn(model, tuning.train, tuning.rank, tuning.seed)
+    learners = learn(model, tuning.train, tuning.rank, tuning.seed, tuning.by_blocks(teacher is not None))
     with training_mode(model, tuning.checkpoints):
         run = Run(model, learners, torch.cat([held_out, windows]), len(held_out), tuning)
-        follow = None if teacher is None else Teacher(teacher, run.ids, progress)
-        found = run.train(follow, teacher, progress)
+        found = run.train(None if teacher is None else Teacher(teacher, run.ids, progress), progress)
     settle(model)
     return found
 
@@ -161,10 +164,14 @@ def training_mode(model: nn.Module, checkpoints: bool) -> Iterator[None]:
 
 
 class Teacher:
-    """The float model's predictions, from hidden states that are found once."""
+    """The float model's predictions, from hidden states that are found once.
+
+    model  the float model, until `rest`
+    """
 
     def __init__(self, model: nn.Module, ids: Tensor, progress: Progress | None = None) -> None:
         """ids  [windows, length] int64, all windows that will be asked for"""
+        self.model: nn.Module | None = model
         self._halves = Halves(model)
         self._states: list[Tensor] = []
         for index, window in enumerate(ids):
@@ -177,6 +184,11 @@ class Teacher:
         """Logits [n, vocab] of some tokens."""
         with torch.no_grad(), fast(self._states[window].device):
             return self._halves.logits(self._states[window][part])
+
+    def rest(self) -> None:
+        """Only predictions are asked for from now on: the decoder may go, unless somebody else holds it."""
+        self.model = None
+        self._halves.only_logits()
 
 
 class Run:
@@ -214,14 +226,13 @@ class Run:
 
     def train(
         self,
-        teacher: Wanted | None,
-        original: nn.Module | None = None,
+        teacher: Teacher | None,
         progress: Progress | None = None,
         save: Save | None = None,
     ) -> Tuned:
         """Blocks first, then end to end, until steps or minutes are over; the best state is left, still learning.
 
-        original  whose blocks the model's learn from; None leaves that out
+        teacher  whose blocks the model's learn from, and then its predictions; None for the next token
         save      called whenever there is something new to keep
         """
         tuning, started = self._tuning, time.perf_counter()
@@ -233,11 +244,13 @@ class Run:
         if not self._first.numel():
             tell(0, tuning.steps, "looking at other text")
             self._first = self._best = self._held_out(teacher)
-        if original is not None and tuning.block_steps and not self.step:
-            self._train_blocks(original, tell, keep, late)
+        if teacher is not None and tuning.by_blocks(True) and not self.step:
+            self._train_blocks(teacher, tell, keep, late)
             self._look(teacher)
             if self._kept == (0, 0):
                 self._restore(self._start)
+        if teacher is not None:
+            teacher.rest()
         self._adam = Adam(self._own, self._vectors, tuning.rates)
         self._recall_moments()
         every = max(1, tuning.steps // CHECKS)
@@ -288,19 +301,26 @@ class Run:
                 self._adam.state[value] = {key: self._moments[f"{key}.{name}"].to(value.device) for key in MOMENTS}
         self._moments = {}
 
-    def _train_blocks(self, original: nn.Module, tell: Progress, keep: Save, late: Callable[[], bool]) -> None:
+    def _train_blocks(self, teacher: Teacher, tell: Progress, keep: Save, late: Callable[[], bool]) -> None:
         """Let every block learn from the original's; its codes stay where that leaves them."""
         tuning = self._tuning
         tell(0, 1, "looking at the blocks of the original")
         for vector in self._vectors.values():
             vector.show()
             vector.rest(True)
-        blocks = Blocks(self._model, original, self.ids, self._n_held)
+        assert teacher.model is not None
+        blocks = Blocks(self._model, teacher.model, self.ids, self._n_held)
+        free = tuning.train != SCALES
+        if free and not blocks.n:  # then they move from end to end
+            for learner, _ in self._own:
+                learner.free()
         for index in range(blocks.n):
             if late():
                 break
             own = blocks.learners(index, self._own)
             new = index >= self.block
+            for learner, _ in own if new and free else ():
+                learner.free()
             adam = Adam(own, {}, tuning.rates) if new and own else None
             before, after = blocks.train(index, own, adam, tuning.block_steps, tuning.block_batch, tuning.seed)
             if new:
@@ -309,9 +329,6 @@ class Run:
                 self.block = index + 1
                 tell(index + 1, blocks.n, f"block {index}: error {before:.4f} -> {after:.4f}")
                 keep(self)
-        if blocks.n:
-            for learner, _ in self._own:  # of the embedding and the head
-                learner.commit()
         for vector in self._vectors.values():
             vector.rest(False)
 
@@ -365,10 +382,9 @@ class Run:
     def _restore(self, state: Mapping[str, Tensor]) -> None:
         """Back to a copy; codes that were free in it and are not any more stay where they are in it."""
         for n, (learner, _) in enumerate(self._own):
-            if not any(f"{n}.{name}" in state for name in OFFSETS):
-                learner.commit(state[f"{n}.codes"].to(learner.codes.device))
-            elif not learner.moves_codes:
-                learner.codes = state[f"{n}.codes"]
+            learner.commit(state[f"{n}.codes"].to(learner.codes.device))
+            if any(f"{n}.{name}" in state for name in OFFSETS):
+                learner.free()
             for name, value in learner.named_parameters():
                 value.data.copy_(state[f"{n}.{name}"])
         for name, vector in self._vectors.items():
