@@ -28,11 +28,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--block-steps", type=int, default=120)
+    parser.add_argument("--block-batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=0.03)
+    parser.add_argument("--scale-rate", type=float, default=1e-3)
     arguments = parser.parse_args()
     held_out, windows = shared_out(load_file(arguments.tokens)["tokens"])
     tuning = Tuning(
-        arguments.train, arguments.steps, arguments.batch, arguments.batch, arguments.block_steps, rate=arguments.rate
+        train=arguments.train,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        block_steps=arguments.block_steps,
+        block_batch=arguments.block_batch,
+        rate=arguments.rate,
+        scale_rate=arguments.scale_rate,
     )
     original = open_model(arguments.original)
     start, out = open_model(arguments.start), Path(arguments.out)

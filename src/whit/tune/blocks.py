@@ -1,10 +1,11 @@
 """Codes trained block by block: every block learns to give what the original's block gives, on what it is really given.
 
-    loss of a block = mean over tokens of |block(x) - original block(x0)|^2 / (|original|^2 + their median)
+    loss of a block = mean over tokens of d^T M d / (|original|^2 + their median),   d = block(x) - original block(x0)
 
-x are the hidden states behind the blocks that are finished, x0 the original's own. What one code does to the output of
-its block is seen far more clearly than what it does to the model's predictions: the same number of steps moves codes to
-better places here, where end to end it moves them to and fro. Tokens of enormous hidden states count like others.
+M says what an error of a hidden state does to the model's predictions (metric.py). x are the hidden states behind the
+blocks that are finished, x0 the original's own. What one code does to the output of its block is seen far more clearly
+than what it does to the model's predictions: the same number of steps moves codes to better places here, where end to
+end it moves them to and fro. Tokens of enormous hidden states count like others.
 
 A block is kept as it was when it did not get better on windows that were not trained on.
 Source: arXiv 2407.11062 (EfficientQAT, block-wise training of all parameters); arXiv 2309.05516 (AutoRound).
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from whit.live.chain import called, chain_of, states_of
 from whit.live.run import Call
 from whit.tune.adam import Adam
-from whit.tune.halves import fast
+from whit.tune.halves import Halves, fast
+from whit.tune.metric import metrics
 from whit.tune.moving import Own, collect, give_back, lent
 
 AT_ONCE = 4  # windows per forward pass that is not trained on
@@ -32,8 +34,10 @@ class Blocks:
     n  how many blocks; 0 for a model without a chain
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, ids: Tensor, n_held: int) -> None:
-        """ids  [windows, length] int64, those that are not trained on first"""
+    def __init__(self, model: nn.Module, teacher: nn.Module, ids: Tensor, n_held: int, seed: int = 0) -> None:
+        """ids   [windows, length] int64, those that are not trained on first
+        seed  of the metric
+        """
         self._ids, self._n_held = ids, n_held
         call = Call((ids[:1],), {})
         self._chain = chain_of(model, call)
@@ -49,6 +53,7 @@ class Blocks:
             states_of(model if own else teacher, each, [call]).calls[0].arguments
             for own, each in ((True, self._chain), (False, theirs))
         ]
+        self._metrics = metrics(Halves(teacher), list(theirs), ids[n_held:], seed)
         windows = [Call((each[None],), {}) for each in ids]
         self._reached = [each.hidden for each in states_of(model, self._chain, windows).calls]
         self._original = [each.hidden for each in states_of(teacher, theirs, windows).calls]
@@ -108,6 +113,7 @@ class Blocks:
         with torch.enable_grad(), fast(self._ids.device):
             out = called(block, self._arguments[0][index], x)
         off = out.detach().float() - torch.cat([self._original[n] for n in chosen])
+        off = off @ self._metrics[index]
         off *= torch.cat([weights[n] for n in chosen])[..., None]
         out.backward(off.to(out.dtype))
         collect(own, made)
@@ -118,8 +124,8 @@ class Blocks:
         total = 0.0
         with torch.no_grad(), fast(self._ids.device):
             for n in range(self._n_held):
-                out = called(block, self._arguments[0][index], self._reached[n]).float()
-                total += ((out - self._original[n]).square().sum(-1) * weights[n]).mean().item()
+                off = called(block, self._arguments[0][index], self._reached[n]).float() - self._original[n]
+                total += ((off @ self._metrics[index] * off).sum(-1) * weights[n]).mean().item()
         give_back(own)
         return total / max(1, self._n_held)
 

@@ -63,7 +63,7 @@ class Tuning:
     train: str = FULL
     steps: int = 80
     batch: int = 2
-    at_once: int = 2
+    at_once: int = 1
     block_steps: int = 120
     block_batch: int = 4
     rate: float = 0.03
@@ -309,7 +309,7 @@ class Run:
             vector.show()
             vector.rest(True)
         assert teacher.model is not None
-        blocks = Blocks(self._model, teacher.model, self.ids, self._n_held)
+        blocks = Blocks(self._model, teacher.model, self.ids, self._n_held, tuning.seed)
         free = tuning.train != SCALES
         if free and not blocks.n:  # then they move from end to end
             for learner, _ in self._own:
