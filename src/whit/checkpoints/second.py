@@ -1,9 +1,9 @@
 """Written files decoded a second time, by other code than the one that wrote them.
 
 GGUF files through the `gguf` package: its reader finds the tensors, its NumPy dequantizers decode them. Folders by the
-formulas of their formats as a runtime applies them, label for label: bits are taken apart by NumPy, nothing of
-whit.layouts is used, and where a label lies no guess is made. What neither knows (an order of columns that nobody reads,
-packing of before May 2026) is left to the first decoder and named in `alone`.
+formulas of their formats as a runtime applies them, label for label: bits are taken apart by NumPy, no decoder of
+whit.layouts is used, and where a label lies no guess is made. What is not known here (such as packing of before May
+2026) is left to the first decoder and named in `alone`.
 Source: docs/formats.md.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -24,7 +23,7 @@ from whit.checkpoints.source import TensorInfo
 from whit.errors import BrokenFileError
 from whit.grids.codebook import Codebook
 from whit.grids.indexed import Indexed
-from whit.grids.levels import Integers
+from whit.grids.levels import Integers, Table
 from whit.grids.named import grid_named
 from whit.grids.scaled import Scaled
 from whit.layouts.ggml import ggml_type_of
@@ -156,8 +155,10 @@ class SecondFolder:
         codes = _codes(parts["weight_codes"], base.levels.bits, cols)
         if isinstance(base.levels, Integers):
             values = codes.float() - base.levels.zero
-        else:
+        elif isinstance(base.levels, Table):
             values = torch.tensor(base.levels.numbers, dtype=torch.float32)[codes.long()]
+        else:
+            return None
         index = parts["weight_g_idx"].long() if "weight_g_idx" in parts else None
         scale = _wide(parts["weight_scale"].float() * base.unit, values, index)
         if "weight_zero" in parts:
