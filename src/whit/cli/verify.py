@@ -21,7 +21,7 @@ from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.verify import Culprit, Verified, verify
 
-DEFAULT_WINDOWS = 8
+DEFAULT_WINDOWS = 6
 N_FAULTS = 8  # printed
 PER_TOKEN = 8  # characters; no usual text has more, on average
 

@@ -23,7 +23,8 @@ EXCESS = 16.0  # times the squared error of plain rounding, where that is ...
 NOTICED = 0.03  # ... at least this share of the energy
 SHIFTED = 0.6  # share of the error that one constant per chunk explains; 1/CHUNK for errors without form
 LOST = 0.9  # share of a chunk's energy that is error, when the chunk is lost
-LOST_EXCESS = 8.0  # times the median of all chunks
+LOST_EXCESS = 8.0  # ... times the median of all chunks, and
+LOST_PLAIN = 100.0  # times the squared error of plain rounding: at two bits, feedback goes far in single chunks
 HELD = 0.4  # share of a chunk's energy that plain rounding may lose there, for the loss to be a fault
 SMALL = 0.25  # of the median energy; chunks with less are not looked at
 SAME = 0.7  # cosine above which two rows hold the same values
@@ -67,12 +68,10 @@ def matrix_damage(Q: Tensor, W: Tensor, rounded: Rounded, others: Mapping[str, C
     expected = _share(_energy(rounded(W[rows]) - W[rows]).item(), _energy(W[rows]).item())
     found = _share(_energy(Q - W).item(), energy)
     unexplained = 1 - cosine(Q, W) ** 2
-    fault = ""
     if unexplained > WRONG:
         fault = _whose(Q, W, others)
-    elif form := _form(Q, W, found, expected):
-        fault = form
-    fault = fault if unexplained > WRONG else fault or _lost(Q, W, rounded)
+    else:
+        fault = _shifted(Q, W, found, expected) or _lost(Q, W, expected, rounded) or _form(Q, W, found, expected)
     return Damage(found**0.5, expected**0.5, fault)
 
 
@@ -101,14 +100,18 @@ def cosine(A: Tensor, B: Tensor) -> float:
     return (torch.dot(a, b) / (a.norm() * b.norm()).clamp_min(1e-30)).item()
 
 
-def _form(Q: Tensor, W: Tensor, found: float, expected: float) -> str:
-    """A fault of the whole matrix in values that are otherwise the right ones."""
-    error = Q - W
-    chunks = _chunks(error)  # [rows, n, CHUNK]
+def _shifted(Q: Tensor, W: Tensor, found: float, expected: float) -> str:
+    """Whether a constant per chunk is most of the error."""
+    chunks = _chunks(Q - W)  # [rows, n, CHUNK]
     constant = chunks.mean(2).square().sum().item() * chunks.shape[2]
     energy = chunks.square().sum().item()
     if energy and found > 2 * expected and constant > SHIFTED * energy:
         return "a constant is added to every group, as by zero points of another version"
+    return ""
+
+
+def _form(Q: Tensor, W: Tensor, found: float, expected: float) -> str:
+    """A fault of the whole matrix in values that are otherwise the right ones."""
     slope = (torch.dot(Q.flatten(), W.flatten()) / _energy(W).clamp_min(1e-30)).item()
     if abs(slope - 1) > 0.2 and found > EXCESS / 4 * expected and cosine(Q, W) > 0.9:
         return f"its values are {slope:.3g} times the original's"
@@ -178,12 +181,12 @@ def _known_columns(order: Mapping[int, int]) -> str:
     return ""
 
 
-def _lost(Q: Tensor, W: Tensor, rounded: Rounded) -> str:
+def _lost(Q: Tensor, W: Tensor, expected: float, rounded: Rounded) -> str:
     """Chunks that hold nothing of the original although the grid could."""
     error, energy = _chunks(Q - W).square().sum(2), _chunks(W).square().sum(2)  # [rows, n]
     share = error / energy.clamp_min(1e-30)
     there = energy > SMALL * energy.median()
-    limit = max(LOST, LOST_EXCESS * share.median().item())
+    limit = max(LOST, LOST_EXCESS * share.median().item(), LOST_PLAIN * expected)
     flat = _flat(Q) & ~_flat(W)
     suspects = there & ((share >= limit) | flat)
     if not suspects.any():

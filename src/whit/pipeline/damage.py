@@ -132,10 +132,11 @@ def _damage(Q: Tensor, W: Tensor, grid: Grid | None, others: Mapping[str, Read])
 
 
 def _others(name: str, tensors: Mapping[str, GGUFTensor]) -> dict[str, Read]:
-    """Tensors of the same shape that this one may be confused with: of its block, then of its kind in other blocks."""
+    """Tensors of the same shape that this one may be confused with: of its block, then of its kind elsewhere."""
     block, kind = _split(name)
     alike = [each for each in tensors if each != name and tensors[each].shape == tensors[name].shape]
-    related = [each for each in alike if block in _split(each)[:1] or kind == _split(each)[1]]
+    vector = len(tensors[name].shape) == 1  # there are few, and they are read at once
+    related = [each for each in alike if vector or _split(each)[0] == block or _split(each)[1] == kind]
     return {each: _reader(tensors[each]) for each in sorted(related, key=lambda each: _split(each)[0] != block)}
 
 
