@@ -9,7 +9,7 @@ from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.checkpoints.gguf import GGUFFile
 from whit.checkpoints.quantized import QuantizedTensors
-from whit.checkpoints.second import SecondFolder, SecondGGUF
+from whit.checkpoints.second import SecondFolder, SecondGGUF, check_header
 from whit.errors import BrokenFileError
 from whit.layouts.ggml import GGML_TYPES
 from whit.models.open import open_model
@@ -39,6 +39,7 @@ def test_gguf_types_decode_to_the_same_values(llama: Path, tmp_path: Path, kind:
     path = tmp_path / "out.gguf"
     write_gguf(open_model(llama), Recipe(kind, (Rule("*", kind.lower()),)), path)
     file = GGUFFile(path)
+    check_header(file)
     second = SecondGGUF(file)
     assert kind in {file.info(name).dtype for name in file.names()}
     for name in file.names():
@@ -80,4 +81,4 @@ def test_a_file_that_the_package_cannot_read(llama: Path, tmp_path: Path) -> Non
     file = GGUFFile(path)
     path.write_bytes(b"GGUF")
     with pytest.raises(BrokenFileError, match="the gguf package cannot read it"):
-        SecondGGUF(file)
+        check_header(file)

@@ -1,6 +1,6 @@
 """Written files decoded a second time, by other code than the one that wrote them.
 
-GGUF files through the `gguf` package: its reader finds the tensors, its NumPy dequantizers decode them. Folders by the
+GGUF files by the NumPy dequantizers of the `gguf` package, whose reader can check the header too. Folders by the
 formulas of their formats as a runtime applies them, label for label: bits are taken apart by NumPy, no decoder of
 whit.layouts is used, and where a label lies no guess is made. What is not known here (such as packing of before May
 2026) is left to the first decoder and named in `alone`.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from whit.checkpoints.gguf import GGUFFile
 from whit.checkpoints.source import TensorInfo
-from whit.errors import BrokenFileError
+from whit.errors import BrokenFileError, ModelError
 from whit.grids.codebook import Codebook
 from whit.grids.indexed import Indexed
 from whit.grids.levels import Integers, Table
@@ -35,15 +35,10 @@ GPTQ_LABELS = {"gptq": 1, "gptq_v2": 0}  # what is added to a stored zero point
 
 
 class SecondGGUF:
-    """The tensors of a GGUF file by the `gguf` package, under GGUF names."""
+    """The tensors of a GGUF file by the dequantizers of the `gguf` package, under GGUF names."""
 
     def __init__(self, file: GGUFFile) -> None:
-        """Raises BrokenFileError when the package cannot read the file."""
         self._file = file
-        try:
-            self._tensors = {each.name: each for each in gguf.GGUFReader(file.path).tensors}
-        except Exception as error:  # it raises whatever NumPy does
-            raise BrokenFileError(f"{file.path}: the gguf package cannot read it ({error}).") from error
 
     def names(self) -> Sequence[str]:
         """As the first reader lists them."""
@@ -54,14 +49,34 @@ class SecondGGUF:
         return self._file.info(name)
 
     def read(self, name: str) -> Tensor:
-        """The values, float32, in the shape that the header says. Raises BrokenFileError."""
-        shape = self._file.info(name).shape
-        if name not in self._tensors:
-            raise BrokenFileError(f"{self._file.path}: the gguf package finds no tensor {name}.")
-        found = self._tensors[name]
-        with np.errstate(all="ignore"):  # broken blocks overflow; whoever reads them looks for that
-            values = gguf.quants.dequantize(np.asarray(found.data), found.tensor_type)
-        return torch.from_numpy(np.array(values, dtype=np.float32)).view(shape)
+        """The values, float32, in the shape that the header says. Raises ModelError for a type without a decoder."""
+        info = self._file.info(name)
+        raw = self._file.raw(name).numpy().reshape(*info.shape[:-1], -1)
+        try:
+            with np.errstate(all="ignore"):  # broken blocks overflow; whoever reads them looks for that
+                values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[info.dtype])
+        except NotImplementedError:
+            raise ModelError(
+                f"{self._file.path}: tensor {name} has type {info.dtype}, which cannot be decoded."
+            ) from None
+        return torch.from_numpy(np.array(values, dtype=np.float32)).view(info.shape)
+
+
+def check_header(file: GGUFFile) -> None:
+    """Raise BrokenFileError when the package's own reader finds other tensors, or finds them elsewhere.
+
+    It makes an object per token of the vocabulary, which takes seconds.
+    """
+    try:
+        found = {each.name: each for each in gguf.GGUFReader(file.path).tensors}
+    except Exception as error:  # it raises whatever NumPy does
+        raise BrokenFileError(f"{file.path}: the gguf package cannot read it ({error}).") from error
+    for name in file.names():
+        info, other = file.info(name), found.get(name)
+        here = file.offset(name), info.n_bytes, info.dtype
+        there = None if other is None else (int(other.data_offset), int(other.n_bytes), other.tensor_type.name)
+        if here != there:
+            raise BrokenFileError(f"{file.path}: tensor {name} is {here} here and {there} in the gguf package.")
 
 
 class SecondFolder:

@@ -137,7 +137,7 @@ def _print_culprits(console: Console, culprits: tuple[Culprit, ...]) -> None:
         damage = each.damage
         plain = damage.expected > 0
         table.add_row(
-            each.name,
+            each.name.removesuffix(".weight"),
             each.type,
             f"{100 * damage.error:.3g}",
             f"{100 * damage.expected:.3g}" if plain else "-",

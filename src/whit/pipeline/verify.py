@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from whit.checkpoints.second import check_header
 from whit.errors import BadWeightsError, BrokenFileError
 from whit.evaluation.compare import compare_states, final_states
 from whit.evaluation.continuations import Continuations, compared, greedy
@@ -31,7 +32,7 @@ from whit.pipeline.spotcheck import changed
 PROMPTS, PROMPT, WRITTEN = 4, 32, 24  # continued greedily: how many, of how many tokens, by how many
 BLAMED = 5  # tensors that are tried one at a time, on
 TRIED = 256  # tokens of one window
-LOOKED_AT = 0.003  # relative error from which a tensor may be to blame
+LOOKED_AT = 0.003  # relative error from which a quantized tensor may be to blame
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def verify(path: Path, original: Model, windows: Tensor, progress: Progress | No
     try:
         findings = tuple(of_its_kind(path, lint(path)))
         written = open_model(path)
+        if written.gguf_tensors is not None:
+            check_header(written.gguf_tensors)
         second = decoded(written)
         looked = scan(written, second, original, _part(tell, 0, 30))
     except (BrokenFileError, BadWeightsError) as error:
@@ -170,7 +173,8 @@ def _measured(
 def _culprits(looked: Scan, second: Decoded, original: Model, window: Tensor, tell: Progress) -> tuple[Culprit, ...]:
     """The tensors with faults, then those with the largest errors for their types, tried one at a time."""
     suspects = [name for name, each in looked.damages.items() if each.fault]
-    rest = [name for name, each in looked.damages.items() if not each.fault and each.error > LOOKED_AT]
+    sound = {name: each for name, each in looked.damages.items() if not each.fault and each.expected > 0}
+    rest = [name for name, each in sound.items() if each.error > LOOKED_AT]
     suspects += sorted(rest, key=lambda name: -looked.damages[name].ratio)
     values = {tensor.name: tensor for tensor in second.view.tensors}
     tried = [name for name in suspects[:BLAMED] if torch.isfinite(values[name].read()).all()]
