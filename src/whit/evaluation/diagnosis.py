@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 16  # columns looked at together: no block format shares a scale among fewer
+CHUNK = 16  # columns looked at together, at least: no block format shares a scale among fewer
 SAMPLE = 1 << 15  # weights that plain rounding is tried on
-WRONG = 0.5  # share of a matrix's energy that the best multiple of the original may leave unexplained
+WRONG = 0.5  # share of a matrix's energy that the best multiple of the original may leave unexplained, where plain
+# rounding leaves little
+FEW = 0.1  # share of chunks that may be far off in a matrix whose others are right
 EXCESS = 16.0  # times the squared error of plain rounding, where that is ...
 NOTICED = 0.03  # ... at least this share of the energy
 SHIFTED = 0.6  # share of the error that one constant per chunk explains; 1/CHUNK for errors without form
@@ -53,25 +55,29 @@ class Damage:
         return self.error / max(self.expected, 1e-7)
 
 
-def matrix_damage(Q: Tensor, W: Tensor, rounded: Rounded, others: Mapping[str, Callable[[], Tensor]]) -> Damage:
+def matrix_damage(
+    Q: Tensor, W: Tensor, rounded: Rounded, others: Mapping[str, Callable[[], Tensor]], width: int = CHUNK
+) -> Damage:
     """Compare a decoded matrix with the original.
 
     Q, W     [rows, cols] float32
     rounded  plain rounding on the tensor's grid
     others   tensors of the original that might have been written in its place: how to read them
+    width    columns that share a scale: feedback may leave a part of them zero, never all
     """
     finite = torch.isfinite(Q)
     if not finite.all():
         return Damage(float("inf"), 0.0, f"{int((~finite).sum()):,} of {Q.numel():,} values are not finite")
     rows = sample_rows(W)
     energy = _energy(W).item()
-    expected = _share(_energy(rounded(W[rows]) - W[rows]).item(), _energy(W[rows]).item())
+    plain = rounded(W[rows])
+    expected = _share(_energy(plain - W[rows]).item(), _energy(W[rows]).item())
     found = _share(_energy(Q - W).item(), energy)
     unexplained = 1 - cosine(Q, W) ** 2
-    if unexplained > WRONG:
-        fault = _whose(Q, W, others)
+    if unexplained > max(WRONG, 1 - cosine(plain, W[rows]) ** 2 / 2):
+        fault = _ruined(Q, W, expected, rounded, width) or _whose(Q, W, others)
     else:
-        fault = _shifted(Q, W, found, expected) or _lost(Q, W, expected, rounded) or _form(Q, W, found, expected)
+        fault = _shifted(Q, W, found, expected) or _lost(Q, W, expected, rounded, width) or _form(Q, W, found, expected)
     return Damage(found**0.5, expected**0.5, fault)
 
 
@@ -181,29 +187,39 @@ def _known_columns(order: Mapping[int, int]) -> str:
     return ""
 
 
-def _lost(Q: Tensor, W: Tensor, expected: float, rounded: Rounded) -> str:
+def _ruined(Q: Tensor, W: Tensor, expected: float, rounded: Rounded, width: int) -> str:
+    """A few chunks that are far off, in a matrix that is the original's but for them."""
+    error, energy = _chunks(Q - W, width).square().sum(2), _chunks(W, width).square().sum(2)  # [rows, n]
+    right = error < LOST * energy
+    kept = right[..., None]
+    if right.float().mean() < 1 - FEW or cosine(_chunks(Q, width) * kept, _chunks(W, width) * kept) < SAME:
+        return ""
+    return _lost(Q, W, expected, rounded, width)
+
+
+def _lost(Q: Tensor, W: Tensor, expected: float, rounded: Rounded, width: int) -> str:
     """Chunks that hold nothing of the original although the grid could."""
-    error, energy = _chunks(Q - W).square().sum(2), _chunks(W).square().sum(2)  # [rows, n]
+    error, energy = _chunks(Q - W, width).square().sum(2), _chunks(W, width).square().sum(2)  # [rows, n]
     share = error / energy.clamp_min(1e-30)
     there = energy > SMALL * energy.median()
     limit = max(LOST, LOST_PLAIN * expected)
-    flat = _flat(Q) & ~_flat(W)
+    flat = _flat(Q, width) & ~_flat(W, width)
     suspects = there & ((share >= limit) | flat)
     if not suspects.any():
         return ""
     rows = suspects.any(1).nonzero()[:, 0]
     some = rows[:: max(1, len(rows) // 32)]
     plain = rounded(W[some])
-    kept = _chunks(plain - W[some]).square().sum(2) <= HELD * energy[some]
+    kept = _chunks(plain - W[some], width).square().sum(2) <= HELD * energy[some]
     real = suspects[some] & kept
     if not real.any():
         return ""
     seen = real.any(1)
     first, last = int(some[seen][0]), int(some[seen][-1])
-    k = int(real[seen.nonzero()[0, 0]].nonzero()[0, 0]) * _width(W)
-    zeros = not _chunks(Q[some])[real].any()
+    k = int(real[seen.nonzero()[0, 0]].nonzero()[0, 0]) * _width(W, width)
+    zeros = not _chunks(Q[some], width)[real].any()
     what = "zero" if zeros else "one value each" if bool(flat[some][real].all()) else "far off"
-    n = int(suspects[rows].sum()) * _width(W)
+    n = int(suspects[rows].sum()) * _width(W, width)
     where = f"row {first} from column {k}" if first == last else f"rows {first} to {last}"
     return f"about {n:,} weights are {what}, but should not be ({where}): scales or bytes are lost there"
 
@@ -218,21 +234,21 @@ def _lost_share(Q: Tensor, W: Tensor) -> str:
     return f"{share:.0%} of it is zero or one value{where}: scales or bytes are lost there"
 
 
-def _flat(W: Tensor) -> Tensor:
+def _flat(W: Tensor, width: int = CHUNK) -> Tensor:
     """Chunks [rows, n] in which all values are the same."""
-    low, high = _chunks(W).aminmax(dim=2)
+    low, high = _chunks(W, width).aminmax(dim=2)
     return low == high
 
 
-def _chunks(W: Tensor) -> Tensor:
+def _chunks(W: Tensor, width: int = CHUNK) -> Tensor:
     """[rows, n, width]; what does not fill a chunk at the end of rows is left out."""
-    width = _width(W)
+    width = _width(W, width)
     n = W.shape[1] // width
     return W[:, : n * width].reshape(W.shape[0], n, width)
 
 
-def _width(W: Tensor) -> int:
-    return min(CHUNK, W.shape[1])
+def _width(W: Tensor, width: int) -> int:
+    return min(width, W.shape[1])
 
 
 def _energy(W: Tensor) -> Tensor:

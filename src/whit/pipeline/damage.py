@@ -15,7 +15,7 @@ from torch import Tensor
 from whit.checkpoints.quantized import QuantizedTensors
 from whit.checkpoints.second import SecondFolder, SecondGGUF
 from whit.errors import ModelError, RecipeError
-from whit.evaluation.diagnosis import Damage, matrix_damage, vector_damage
+from whit.evaluation.diagnosis import CHUNK, Damage, matrix_damage, vector_damage
 from whit.grids.grid import Grid
 from whit.grids.named import DTYPES, GRIDS, grid_name
 from whit.layouts.ggml import GGML_TYPES
@@ -28,6 +28,7 @@ from whit.rounding.nearest import nearest
 
 Read = Callable[[], Tensor]
 AGREE = 1e-4  # relative difference between two decoders: their last bits may differ
+WIDEST = 64  # columns that are looked at together where more share a scale
 UNKNOWN = 0.7  # what stands for plain rounding on a type without a grid here: an error of 30 % is taken for usual
 
 
@@ -128,7 +129,9 @@ def _damage(Q: Tensor, W: Tensor, grid: Grid | None, others: Mapping[str, Read])
     def rounded(rows: Tensor) -> Tensor:
         return nearest(rows, grid).dequantize() if grid else rows * UNKNOWN
 
-    return matrix_damage(Q.reshape(-1, Q.shape[-1]), W.reshape(-1, W.shape[-1]), rounded, others)
+    span = grid.spans(W.shape[-1])[-1] if grid else CHUNK
+    width = max(CHUNK, min(span, WIDEST))
+    return matrix_damage(Q.reshape(-1, Q.shape[-1]), W.reshape(-1, W.shape[-1]), rounded, others, width)
 
 
 def _others(name: str, tensors: Mapping[str, GGUFTensor]) -> dict[str, Read]:
