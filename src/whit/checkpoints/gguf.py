@@ -68,6 +68,10 @@ class GGUFFile:
         """What the header says."""
         return self._entries[name].info
 
+    def offset(self, name: str) -> int:
+        """The first byte of a tensor in the file."""
+        return self._entries[name].offset
+
     def raw(self, name: str) -> Tensor:
         """The stored bytes as a flat uint8 tensor."""
         entry = self._entries[name]

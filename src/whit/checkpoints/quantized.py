@@ -7,6 +7,7 @@ read, with its codes to be had as well. How layers are stored is the business of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from whit.grids.quantized import QuantizedTensor
 
 CONFIG = "quantization_config"
 WEIGHT = ".weight"
+Decode = Callable[[str, Mapping[str, Tensor]], Tensor | None]  # layer, its stored tensors -> [out, in] float32
 BROKEN = (ValueError, KeyError, IndexError, ZeroDivisionError, RuntimeError, RecipeError)
 
 
@@ -33,6 +35,7 @@ class QuantizedTensors:
         Raises ModelError for a format that is not read.
         """
         self._source, self._turned = source, turned
+        self._decode: Decode | None = None
         self._layers: dict[str, tuple[Scheme, dict[str, str]]] = {}  # weight -> scheme, suffix -> stored name
         names = list(source.names())
         there, owner = set(names), dict[str, str]()
@@ -71,8 +74,15 @@ class QuantizedTensors:
         """A float as stored, a quantized weight decoded to float32. Raises BrokenFileError when it cannot be."""
         if name not in self._layers:
             return self._source.read(name)
-        W = self.quantized(name).dequantize()
+        W = self._decoded_otherwise(name)
+        W = self.quantized(name).dequantize() if W is None else W
         return W.T.contiguous() if self._turned(name) else W
+
+    def with_decoder(self, decode: Decode) -> QuantizedTensors:
+        """The same folder, read with another decoder."""
+        other = copy(self)
+        other._decode = decode
+        return other
 
     def stored(self, name: str, suffix: str) -> Tensor | None:
         """One of the tensors that a quantized weight is stored as, None when it has no such part."""
@@ -81,12 +91,22 @@ class QuantizedTensors:
 
     def quantized(self, name: str) -> QuantizedTensor:
         """The codes of a quantized weight, [out, in]. Raises BrokenFileError when its tensors do not fit together."""
-        scheme, parts = self._layers[name]
+        scheme, _ = self._layers[name]
         try:
-            read = {suffix: self._source.read(each) for suffix, each in parts.items()}
-            return scheme.decode(name.removesuffix(WEIGHT), read)
+            return scheme.decode(name.removesuffix(WEIGHT), self._parts(name))
         except BROKEN as error:
             raise _broken(name, error) from None
+
+    def _decoded_otherwise(self, name: str) -> Tensor | None:
+        if self._decode is None:
+            return None
+        try:
+            return self._decode(name.removesuffix(WEIGHT), self._parts(name))
+        except BROKEN as error:
+            raise _broken(name, error) from None
+
+    def _parts(self, name: str) -> dict[str, Tensor]:
+        return {suffix: self._source.read(each) for suffix, each in self._layers[name][1].items()}
 
 
 def _broken(name: str, error: Exception) -> BrokenFileError:

@@ -33,6 +33,7 @@ VERBS = {
     "lint": ("whit.cli.lint", "Say which runtimes load a file, and what stops the others."),
     "imatrix": ("whit.cli.imatrix", "Write the importance matrix of a model."),
     "eval": ("whit.cli.eval", "Measure what a file lost against the original."),
+    "verify": ("whit.cli.verify", "Give a verdict on a written file, and name what is to blame."),
     "run": ("whit.cli.run", "Let a GGUF file answer a prompt."),
     "memory": ("whit.cli.memory", "Bytes to store, run and train a model, before doing it."),
     "inspect": ("whit.cli.inspect", "List the metadata and tensors of a file or folder."),

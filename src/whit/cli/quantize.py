@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from whit.calibration.text import WINDOW
 from whit.checkpoints.atomic import check_folder, check_target, moved, whole_file
 from whit.checkpoints.imatrix import read_imatrix
 from whit.cli.budget import best_file, file_bytes, read_damages, swept
-from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, shared_out
+from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, longest, shared_out
 from whit.cli.keep import (
     KEEP_HELP,
     SALIENT_HELP,
@@ -31,9 +32,10 @@ from whit.cli.keep import (
     types_of,
 )
 from whit.cli.progress import progress_bar
-from whit.errors import OutputError, RecipeError
+from whit.errors import CheckFailedError, OutputError, RecipeError
 from whit.models.model import Model
 from whit.models.open import open_model
+from whit.pipeline.afterwards import Intended, look
 from whit.pipeline.allocate import Allocator
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.folder import plan_model, write_model
@@ -112,6 +114,9 @@ def command(
     salient: Annotated[str | None, typer.Option(help=SALIENT_HELP)] = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every tensor that it fits, the head too.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not open the result again to check and measure it.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Make a model smaller: write a GGUF file, or a folder for vLLM and transformers, by a recipe."""
@@ -158,6 +163,7 @@ def command(
         from whit.cli import distil as distilling  # it imports transformers, which takes seconds
 
         held_out, train = distilling.texts(console, opened, calib)
+    intended = Intended()
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         written = Path(folder) / out.name if distil else out
         text = None if calibration is None or imatrix else calibration.windows
@@ -174,7 +180,8 @@ def command(
                 chosen = allocator.fit(damages, n_bytes).recipe
         if unseen is None:
             with progress_bar("quantizing") as progress:
-                result = write_model(opened, chosen, written, force, progress, calibration)
+                watch = None if no_verify or distil else intended
+                result = write_model(opened, chosen, written, force, progress, calibration, watch)
         if recipe is None and max_kl is None:
             console.print(f"Of {n_bytes:,} bytes {result.n_bytes:,} are used.")
         print_result(console, replace(result, path=out), held)
@@ -183,6 +190,8 @@ def command(
         if save_recipe:
             write_recipe(result.plan.recipe, save_recipe)
     _finish(console, opened, model, replace(result, path=out), report, calibration)
+    if not no_verify:
+        _verdict(console, opened, out, intended)
 
 
 def check_beside(out: Path, *others: Path | None) -> None:
@@ -212,6 +221,25 @@ def _finish(
             "Quantize the original if you have it."
         )
     console.print(f"Next: whit eval {result.path} --against {name}", soft_wrap=True)
+
+
+def _verdict(console: Console, opened: Model, out: Path, intended: Intended) -> None:
+    """The file opened again, in two lines. Raises CheckFailedError when it is not what was to be written."""
+    with progress_bar("verifying") as progress:
+        found = look(out, opened, min(WINDOW, longest(opened)), intended, progress)
+    if found.faults:
+        raise CheckFailedError(f"{out}: {'; '.join(found.faults)}. The file is damaged; write it again.")
+    if found.compared:
+        console.print(f"Read again by another decoder: {found.compared} tensors are what was to be written.")
+    if found.verdict is None or found.result is None:
+        console.print(f"Verdict: none, not measured: {found.unmeasured}. whit verify says more.", soft_wrap=True)
+        return
+    result = found.result
+    console.print(
+        f"Verdict: {found.verdict.word} (KL divergence {result.kl_mean:.3g} ± {result.kl_mean_se:.1g} nats, "
+        f"{result.tokens} tokens; same top token {100 * result.same_top:.0f} %)",
+        soft_wrap=True,
+    )
 
 
 def _calibration(

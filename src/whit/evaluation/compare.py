@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whit.errors import BadWeightsError, ModelError, TextError
 from whit.evaluation.divergence import Comparison, TokenMeasures, joined, measure, summarize
@@ -63,16 +63,23 @@ def compare(candidate: Model, reference: Model, windows: Tensor, progress: Progr
     return compare_states(states_candidate, states_reference, windows, after(2 * n))
 
 
-def final_states(model: Model, windows: Tensor, progress: Progress | None = None) -> FinalStates:
+def final_states(
+    model: Model, windows: Tensor, progress: Progress | None = None, whole: Callable[[nn.Module], None] | None = None
+) -> FinalStates:
     """Load a model, let it read every window, keep the hidden states of the scored positions and its head.
 
     windows  [windows, length] int64
+    whole    is given the loaded model before it is cut in two, for what else is to be asked of it
     Raises ModelError, BadWeightsError, TextError as `compare` does. Several candidates may share a reference's states.
     """
     tell = progress or _ignore
     n, length = windows.shape
     tell(0, n, f"loading {model.label}")
-    halves = split(load_module(model))
+    module = load_module(model)
+    if whole is not None:
+        whole(module)
+    halves = split(module)
+    del module
     if halves.longest is not None and length > halves.longest:
         raise TextError(
             f"{model.label} reads at most {halves.longest} tokens; windows of {length} are too long for it."

@@ -31,7 +31,7 @@ from whit.pipeline.folder_plan import FLOATS, FolderPlanner
 from whit.pipeline.formats import FOLDERS, Said, has_zero_points
 from whit.pipeline.plain import plain_tensors
 from whit.pipeline.plan import Plan, Rounded, Step
-from whit.pipeline.quantize import Progress, Result, model_view, plan_gguf, predicted_bytes, write_gguf
+from whit.pipeline.quantize import Progress, Result, Watch, model_view, plan_gguf, predicted_bytes, write_gguf
 from whit.pipeline.stored import joined
 from whit.recipes.folders import FIXED
 from whit.recipes.recipe import Recipe
@@ -82,10 +82,12 @@ class FolderJob:
         progress: Progress | None = None,
         calibration: Calibration | None = None,
         tensors: Iterable[Rounded] | None = None,
+        watch: Watch | None = None,
     ) -> Result:
         """Quantize into a folder at `path`.
 
         tensors  what every step becomes, when nothing is to be rounded here
+        watch    is shown every weight that is packed as codes, and its name in the folder
         Raises BadWeightsError and ModelError as `write_gguf` does, OutputError when the folder exists (without
         `overwrite`) or cannot be written. On any failure nothing is left that was not there before.
         """
@@ -93,13 +95,13 @@ class FolderJob:
         with whole_folder(path, self.n_bytes, overwrite) as folder:
             self._shards.create(folder)
             if tensors is not None:
-                self._write(tensors)
+                self._write(tensors, watch)
             elif self._fixed and (calibration is None or calibration.importance is not None):
                 raise RecipeError(
                     "Fixed scales of activations are found on text: take a preset, or w8a8 and fp8 as such."
                 )
             elif not any(step.needs_moments for step in self.plan.steps):
-                self._write(plain_tensors(self.plan.steps, progress))
+                self._write(plain_tensors(self.plan.steps, progress), watch)
             elif calibration is None or calibration.importance is not None:
                 raise RecipeError("Folders for GPUs are rounded on text; an importance matrix is not enough.")
             else:
@@ -107,7 +109,7 @@ class FolderJob:
 
                 activations = self._recipe.activations
                 run = CalibratedRun(self._model, self._view, self.plan.steps, calibration, progress, activations)
-                self._write(run.tensors(), run.input_scales)
+                self._write(run.tensors(), watch, run.input_scales)
                 losses = run.rounder.losses
             self._shards.close()
             self._beside(folder)
@@ -130,7 +132,9 @@ class FolderJob:
         specs = {f"{layer}.{suffix}": spec for suffix, spec in layout.schema(step.grid, matrix).items()}
         return specs | ({f"{layer}.{INPUT_SCALE}": Spec((1,), torch.float32)} if self._fixed else {})
 
-    def _write(self, tensors: Iterable[Rounded], input_scales: Mapping[str, float] | None = None) -> None:
+    def _write(
+        self, tensors: Iterable[Rounded], watch: Watch | None, input_scales: Mapping[str, float] | None = None
+    ) -> None:
         for step, pieces in tensors:
             matrices = _matrices(step, [each for each in pieces if isinstance(each, QuantizedTensor)])
             if isinstance(step.grid, Float):
@@ -139,7 +143,10 @@ class FolderJob:
             layout = self._form.layout(step.grid, bool(self._recipe.activations), self._zero_points)
             for name in self._homes.get(step.tensor.name, ()):
                 _, expert = self._links.source(name)
-                parts = layout.pack(rows_of(matrices[expert], *self._links.disk_rows(name)))
+                matrix = rows_of(matrices[expert], *self._links.disk_rows(name))
+                if watch is not None:
+                    watch(name, matrix)
+                parts = layout.pack(matrix)
                 if input_scales is not None and self._fixed:
                     parts |= {INPUT_SCALE: torch.tensor([input_scales[step.tensor.name]])}
                 for suffix, value in parts.items():
@@ -195,11 +202,15 @@ def write_model(
     overwrite: bool = False,
     progress: Progress | None = None,
     calibration: Calibration | None = None,
+    watch: Watch | None = None,
 ) -> Result:
-    """Quantize `model` by `recipe` into the GGUF file or the folder that it is for. Raises what the writers raise."""
+    """Quantize `model` by `recipe` into the GGUF file or the folder that it is for. Raises what the writers raise.
+
+    watch  as the writers take it
+    """
     if recipe.layout == "gguf":
-        return write_gguf(model, recipe, path, overwrite, progress, calibration)
-    return FolderJob(model, recipe).write(path, overwrite, progress, calibration)
+        return write_gguf(model, recipe, path, overwrite, progress, calibration, watch=watch)
+    return FolderJob(model, recipe).write(path, overwrite, progress, calibration, watch=watch)
 
 
 def _dtype(model: Model) -> torch.dtype:

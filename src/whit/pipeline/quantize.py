@@ -15,6 +15,7 @@ from whit.checkpoints.atomic import whole_file
 from whit.checkpoints.gguf import Announced, GGUFWriter
 from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.errors import ModelError
+from whit.grids.quantized import QuantizedTensor
 from whit.layouts.ggml import GGML_TYPES
 from whit.models.architecture import GGUFView, gguf_view, passthrough_view
 from whit.models.model import Model
@@ -27,6 +28,7 @@ from whit.pipeline.rounder import Rounder
 from whit.recipes.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
+Watch = Callable[[str, QuantizedTensor], None]
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ def write_gguf(
     progress: Progress | None = None,
     calibration: Calibration | None = None,
     tensors: Callable[[Plan], Iterable[Rounded]] | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Quantize `model` by `recipe` into a GGUF file at `path`.
 
     tensors  makes what every step becomes, when nothing is to be rounded here
+    watch    is shown every piece that is packed, and the name of its tensor
     calibration  text and effort; needed when a rounding of the recipe looks at what arrives at a layer
     Raises ModelError for weights or tokenizers that cannot be used, OutputError when the file exists (without
     `overwrite`) or cannot be written. On any failure nothing is left at `path` that was not there before.
@@ -73,20 +77,20 @@ def write_gguf(
     with whole_file(path, writer.n_bytes, overwrite) as file:
         losses: list[TensorLoss] = []
         if tensors is not None:
-            writer.write(file, _packed(tensors(plan)))
+            writer.write(file, _packed(tensors(plan), watch))
         elif not any(step.needs_moments for step in plan.steps):
-            writer.write(file, _packed(plain_tensors(plan.steps, progress)))
+            writer.write(file, _packed(plain_tensors(plan.steps, progress), watch))
         elif calibration is None:
             raise ValueError(f"recipe {recipe.name} needs a calibration text")
         elif calibration.importance is not None:
             rounder = Rounder(calibration.effort)
-            writer.write(file, _packed(imported_tensors(plan, calibration.importance, rounder, progress)))
+            writer.write(file, _packed(imported_tensors(plan, calibration.importance, rounder, progress), watch))
             losses = rounder.losses
         else:
             from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
 
             streamed = CalibratedRun(model, model_view(model), plan.steps, calibration, progress)
-            writer.write(file, _packed(streamed.tensors()))
+            writer.write(file, _packed(streamed.tensors(), watch))
             losses = streamed.rounder.losses
     return Result(path, writer.n_bytes, plan, time.perf_counter() - started, tuple(losses))
 
@@ -159,14 +163,16 @@ def _file_type(plan: Plan) -> int:
     return FILE_TYPES[named]
 
 
-def _packed(tensors: Iterable[Rounded]) -> Iterator[tuple[str, Iterator[Tensor]]]:
+def _packed(tensors: Iterable[Rounded], watch: Watch | None) -> Iterator[tuple[str, Iterator[Tensor]]]:
     """Names and pieces of bytes."""
     for step, pieces in tensors:
-        yield step.tensor.name, _bytes(step, pieces)
+        yield step.tensor.name, _bytes(step, pieces, watch)
 
 
-def _bytes(step: Step, pieces: Iterator[Piece]) -> Iterator[Tensor]:
+def _bytes(step: Step, pieces: Iterator[Piece], watch: Watch | None) -> Iterator[Tensor]:
     for piece in pieces:
+        if watch is not None and isinstance(piece, QuantizedTensor):
+            watch(step.tensor.name, piece)
         yield piece if isinstance(piece, Tensor) else GGML_TYPES[step.type].pack(piece)
 
 
