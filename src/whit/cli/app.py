@@ -34,6 +34,8 @@ VERBS = {
     "imatrix": ("whit.cli.imatrix", "Write the importance matrix of a model."),
     "eval": ("whit.cli.eval", "Measure what a file lost against the original."),
     "run": ("whit.cli.run", "Let a GGUF file answer a prompt."),
+    "chat": ("whit.cli.chat", "Talk with a GGUF file in the terminal."),
+    "serve": ("whit.cli.serve", "Serve a GGUF file with OpenAI's HTTP interface."),
     "memory": ("whit.cli.memory", "Bytes to store, run and train a model, before doing it."),
     "inspect": ("whit.cli.inspect", "List the metadata and tensors of a file or folder."),
     "explain": ("whit.cli.explain", "Draw how number formats hold a number."),
