@@ -26,7 +26,8 @@ def load(setup: dict[str, Any]) -> Any:
     """llama.cpp's server with a model.
 
     setup  path, n_ctx (tokens, of all slots together), threads (None: as the runtime thinks best), and to be there for
-           other programs: listen = {host, port, name, slots, n_tokens (where a request names no number), timeout in seconds}
+           other programs: listen = {host, port, name, slots, n_tokens (where a request names no number), timeout in
+           seconds}
     Raises RuntimeError when llama.cpp cannot load the file; its reason is in the log.
     """
     import xllamacpp  # heavy, and optional: the parent has checked that it is installed
