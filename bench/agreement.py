@@ -26,7 +26,19 @@ def main() -> None:
     for recipe in ("f32", "q8_0", "q4_0"):
         path = source if recipe == "f32" else WORK / f"{recipe}.gguf"
         if recipe != "f32":
-            run(whit, "quantize", source, "--recipe", recipe, "--rounding", "nearest", "-o", path, "--force")
+            run(
+                whit,
+                "quantize",
+                "--no-verify",
+                source,
+                "--recipe",
+                recipe,
+                "--rounding",
+                "nearest",
+                "-o",
+                path,
+                "--force",
+            )
         command = (whit, "eval", path, "--against", source, "--text", runtime.text, "--windows", str(WINDOWS), "--json")
         ours = json.loads(run(*command).output)
         peer = [runtime.perplexity, "0", "100 %"]

@@ -28,7 +28,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     peaks: dict[str, int] = {}
     for recipe in ("q8_0", "q4_0", "f16"):
-        quantize = (whit, "quantize", "--recipe", recipe, "--rounding", "nearest", "-o", out)
+        quantize = (whit, "quantize", "--no-verify", "--recipe", recipe, "--rounding", "nearest", "-o", out)
         commands = {
             "llama.cpp": (llama_cpp("llama-quantize"), source, out, recipe.upper(), THREADS),
             "gguf": (*quantize, source),
@@ -51,7 +51,7 @@ def main() -> None:
     source = wide_gguf(LAYERS)
     commands = {
         "llama.cpp": (llama_cpp("llama-quantize"), source, out, "Q8_0", THREADS),
-        "whit": (whit, "quantize", "--recipe", "q8_0", "--rounding", "nearest", "-o", out, source),
+        "whit": (whit, "quantize", "--no-verify", "--recipe", "q8_0", "--rounding", "nearest", "-o", out, source),
     }
     runs = side_by_side(commands, [out], repeats=3)
     peer, ours = (runs[name].seconds for name in commands)

@@ -123,7 +123,15 @@ def _cost(tool: str, folder: Path, tokens: Path, out: Path, arguments: argparse.
         found |= {"wall_seconds": made["wall_seconds"] + done.seconds}
     elif tool in WHIT:
         command = [sys.executable, "-c", "import sys; from whit.cli.app import run; sys.exit(run(sys.argv[1:]))"]
-        command += ["quantize", str(folder), "--recipe", f"gptq-{arguments.bits}bit-g{arguments.group}", "-o", str(out)]
+        command += [
+            "quantize",
+            "--no-verify",
+            str(folder),
+            "--recipe",
+            f"gptq-{arguments.bits}bit-g{arguments.group}",
+            "-o",
+            str(out),
+        ]
         preset, _, few = tool.partition("-")
         command += ["--preset", preset, "--calib", "docs", "--windows", few or str(arguments.samples), "--force"]
         done = run(*command, env=environment)

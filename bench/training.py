@@ -86,7 +86,7 @@ def _start(row: str, folder: Path, samples: int) -> Path:
     path = WORK / f"gpu-{name}-{row}-64-balanced"
     if not path.exists():
         command = [sys.executable, "-c", "import sys; from whit.cli.app import run; sys.exit(run(sys.argv[1:]))"]
-        command += ["quantize", str(folder), "--recipe", f"gptq-{row}bit-g64", "-o", str(path)]
+        command += ["quantize", "--no-verify", str(folder), "--recipe", f"gptq-{row}bit-g64", "-o", str(path)]
         run(*command, "--preset", "balanced", "--calib", "docs", "--windows", str(samples))
     return path
 

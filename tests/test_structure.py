@@ -23,8 +23,8 @@ LAYERS = {
     "recipes": 5,
     "evaluation": 6,
     "pipeline": 7,
-    "live": 8, "runtime": 8,
-    "quanto": 9, "tune": 9,
+    "live": 8,
+    "quanto": 9, "tune": 9, "runtime": 9,
     "cli": 10,
 }  # fmt: skip
 

@@ -35,6 +35,8 @@ VERBS = {
     "eval": ("whit.cli.eval", "Measure what a file lost against the original."),
     "verify": ("whit.cli.verify", "Give a verdict on a written file, and name what is to blame."),
     "run": ("whit.cli.run", "Let a GGUF file answer a prompt."),
+    "chat": ("whit.cli.chat", "Talk with a GGUF file in the terminal."),
+    "serve": ("whit.cli.serve", "Serve a GGUF file with OpenAI's HTTP interface."),
     "memory": ("whit.cli.memory", "Bytes to store, run and train a model, before doing it."),
     "inspect": ("whit.cli.inspect", "List the metadata and tensors of a file or folder."),
     "explain": ("whit.cli.explain", "Draw how number formats hold a number."),
