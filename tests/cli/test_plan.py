@@ -1,4 +1,4 @@
-"""The frontier that `whit plan` predicts, and its checks."""
+"""What `whit plan` says from headers against what is written; the frontier that it predicts, and its checks."""
 
 from __future__ import annotations
 
@@ -57,3 +57,36 @@ def test_folders_and_types_of_ones_own_are_predicted(llama: Path, capsys: pytest
     assert "no matrix of" in capsys.readouterr().err
     assert run([*arguments, "--format", "onnx"]) == 2
     assert "--format onnx is not one of gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("recipe", ["q4_0", "q4_k_m", "w8a16", "whit-int4-g32"])
+def test_planned_bytes_are_those_of_what_is_written(
+    name: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(name, tmp_path / "model", vocab_size=TOY_VOCAB)
+    save_toy_tokenizer("llama", tmp_path / "model")
+    asked = [str(tmp_path / "model"), "--recipe", recipe, "--rounding", "nearest"]
+    status = run(["plan", *asked, "--json"])
+    if status == 2:  # a format that cannot hold this model is refused by both
+        assert run(["quantize", *asked, "-o", str(tmp_path / "out")]) == 2
+        return
+    found = json.loads(capsys.readouterr().out)["recipes"][0]
+    assert run(["quantize", *asked, "-o", str(tmp_path / "out")]) == 0
+    out = tmp_path / "out"
+    files = [out] if out.is_file() else list(out.glob("*.safetensors"))
+    assert found["bytes"] == sum(file.stat().st_size for file in files)
+
+
+def test_what_cannot_be_done_is_status_one(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", str(llama), "--recipe", "q4_k_m"]
+    assert run(asked) == 0
+    assert "output_norm.weight (norms stay in float)" in capsys.readouterr().out
+    assert run([*asked, "--ram", "1MB"]) == 1
+    assert "--ram allows 1.0 MB" in capsys.readouterr().err
+    assert run([*asked, "--fit", "1kB"]) == 1
+    assert run(["plan", str(llama), "--fit", "1kB"]) == 1
+    assert "The smallest output has" in capsys.readouterr().err
+    assert run(["plan", str(llama), "--fit", "1MB"]) == 0
+    assert run(["plan", str(llama)]) == 0
+    assert run([*asked, "--predict"]) == 2

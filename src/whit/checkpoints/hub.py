@@ -61,6 +61,12 @@ def download(repo_id: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=PATTERNS))
 
 
+def beside(repo_id: str) -> Path:
+    """A local folder with what lies beside the weights of a hub model. Raises ModelError as `download` does."""
+    with _explained(repo_id):
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=PATTERNS[1:]))
+
+
 def headers(repo_id: str) -> tuple[dict[str, Any], HubHeaders, int]:
     """config.json, tensor headers and bytes of the weights of a hub model: kilobytes over the network.
 

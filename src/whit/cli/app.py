@@ -25,7 +25,7 @@ INTERRUPTED = 130
 VERBS = {
     "demo": ("whit.cli.demo", "Quantize a real model, measure what was lost, and run it."),
     "quantize": ("whit.cli.quantize", "Make a model smaller, for llama.cpp, vLLM or transformers."),
-    "plan": ("whit.cli.plan", "Predict what a model loses at every size."),
+    "plan": ("whit.cli.plan", "Sizes, memory and exceptions from headers; or losses."),
     "frontier": ("whit.cli.frontier", "Write and measure files of several sizes."),
     "distil": ("whit.cli.distil", "Improve the scales and norms of a quantized file."),
     "tune": ("whit.cli.tune", "Train a quantized file further, with quantization in the loop."),

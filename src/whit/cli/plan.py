@@ -1,121 +1,217 @@
-"""`whit plan MODEL`: which size loses how much, predicted before anything is written."""
+"""`whit plan MODEL`: sizes, memory and exceptions from headers alone; with `--predict` also what each size loses."""
 
 from __future__ import annotations
 
 import json as jsonlib
-import shlex
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from whit.checkpoints.atomic import check_target
-from whit.cli.budget import check_damages, frontier_sizes, swept, write_damages
-from whit.cli.calibration import CALIB_HELP, calibration_windows
+from whit.cli.budget import SWEPT, parse_size
+from whit.cli.calibration import CALIB_HELP
 from whit.cli.keep import KEEP_HELP, TYPES_HELP, check_types, types_of
-from whit.cli.progress import progress_bar
-from whit.errors import RecipeError
-from whit.models.open import open_model
-from whit.pipeline.allocate import Allocation, Allocator
-from whit.pipeline.effort import PRESETS
+from whit.cli.quantize import exception_lines
+from whit.errors import CheckFailedError, RecipeError
+from whit.memory import RunMemory, run_bytes, shape_from_config
+from whit.models.model import Model
+from whit.models.open import open_headers
+from whit.pipeline.allocate import Allocator
+from whit.pipeline.effort import DEFAULT_PRESET, PRESETS
+from whit.pipeline.folder import plan_model
+from whit.pipeline.forecast import needs_text, ram_bytes
+from whit.pipeline.plan import Plan
 from whit.pipeline.targets import GGUF, LAYOUTS
+from whit.recipes.folders import folder_recipe
+from whit.recipes.named import recipe_named
 
-SWEPT = 8  # windows
+CANDIDATES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k", "gptq-4bit-g128", "w4a16", "w8a8", "fp8")
+CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One recipe: its plan, exact bytes of the weight files, peak memory of the job, memory to run the result."""
+
+    name: str
+    plan: Plan
+    n_bytes: int
+    ram: float
+    run: RunMemory
 
 
 def command(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a built-in name (smollm2-135m).")],
-    points: Annotated[int, typer.Option(min=2, max=100, help="How many sizes to show.")] = 10,
-    calib: Annotated[str, typer.Option(help=CALIB_HELP)] = PRESETS["fast"].text,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to read.")] = SWEPT,
-    save: Annotated[
-        Path | None, typer.Option(help="Keep the sweep in this JSON file, for --table of `whit quantize`.")
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="A recipe of `whit quantize`; may be repeated [the usual ones].")
     ] = None,
-    table: Annotated[Path | None, typer.Option(help="A file of --save instead of a sweep.")] = None,
+    fit: Annotated[str | None, typer.Option(help="At most this size, such as 95MB or 4GiB.")] = None,
+    rounding: Annotated[str, typer.Option(help="As for `whit quantize`.")] = "feedback",
+    preset: Annotated[str, typer.Option(help=f"As for `whit quantize`: {', '.join(PRESETS)}.")] = DEFAULT_PRESET,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows of 512 tokens, instead of the preset's.")] = None,
+    ram: Annotated[str | None, typer.Option(help="The job may take so much memory, such as 8GB.")] = None,
+    context: Annotated[int, typer.Option(min=1, max=2**40, help="Tokens of context to run the result with.")] = CONTEXT,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the file would lie: its disk must hold it.")] = Path(),
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Sweep the model and predict the loss at every size.")
+    ] = False,
+    points: Annotated[
+        int | None, typer.Option(min=2, max=100, help="How many sizes to show [10]; means --predict.")
+    ] = None,
+    calib: Annotated[str, typer.Option(help=f"With --predict. {CALIB_HELP}")] = PRESETS["fast"].text,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Keep the sweep in this file, for --table of `whit quantize`; means --predict."),
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="A file of --save instead of a sweep; means --predict.")] = None,
     check: Annotated[
-        int, typer.Option(min=0, help="Also measure so many predictions, one tensor on one grid each.")
+        int, typer.Option(min=0, help="Also measure so many predictions, one tensor on one grid each; means --predict.")
     ] = 0,
-    keep: Annotated[list[str] | None, typer.Option("--keep", help=KEEP_HELP)] = None,
-    format_: Annotated[str, typer.Option("--format", help=f"Of the output: one of {', '.join(LAYOUTS)}.")] = GGUF,
-    types: Annotated[str | None, typer.Option(help=TYPES_HELP)] = None,
+    keep: Annotated[list[str] | None, typer.Option("--keep", help=f"With --predict or --fit. {KEEP_HELP}")] = None,
+    format_: Annotated[str, typer.Option("--format", help=f"With --predict or --fit: {', '.join(LAYOUTS)}.")] = GGUF,
+    types: Annotated[str | None, typer.Option(help=f"With --predict or --fit. {TYPES_HELP}")] = None,
     json: Annotated[bool, typer.Option("--json", help="Exact figures.")] = False,
 ) -> None:
-    """Predict what a model loses at every size, so that you can choose one."""
+    """Say what a job would write and need, from headers alone; status 1 when it cannot be done."""
+    if preset not in PRESETS:
+        raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
     if format_ not in LAYOUTS:
         raise RecipeError(f"--format {format_} is not one of {', '.join(LAYOUTS)}.")
-    opened = open_model(model)
-    if save:
-        check_target(save, 0, overwrite=True)  # before any work
-    chosen_from = types_of(types, format_)
-    allocator = Allocator(opened, "feedback", chosen_from, format_, keep or ())
-    check_types(allocator, chosen_from)
-    ids = None
-    if table is None or check:
-        ids, source = calibration_windows(opened, windows, calib)
-    damages = swept(opened, allocator, ids, table)
-    if save:
-        write_damages(damages, save)
-    found = [allocator.fit(damages, n_bytes) for n_bytes in frontier_sizes(allocator, points)]
-    checked: list[dict[str, Any]] = []
-    if check:
-        assert ids is not None
-        with progress_bar("checking") as progress:
-            checked = check_damages(opened, allocator, ids, check, progress)
-    if json:
-        sizes = [
-            {"bytes": each.n_bytes, "bits_per_weight": 8 * each.n_bytes / allocator.n_weights, "kl": each.damage}
-            for each in found
-        ]
-        print(jsonlib.dumps({"model": opened.label, "sizes": sizes, "checked": checked}, indent=2))
+    if predict or points or save or table or check:
+        if recipe or fit or ram:
+            raise RecipeError("--recipe, --fit and --ram are answered without a sweep; leave --predict.")
+        from whit.cli.predict import predict as swept
+
+        swept(model, points or 10, calib, windows or SWEPT, save, table, check, keep, format_, types, json)
         return
-    console = Console(highlight=False, markup=False)
-    _print(console, allocator, found)
-    if checked:
-        _print_checked(console, checked)
-    elif table is None:
-        console.print(f"\nPredicted on {source}.", soft_wrap=True)
-    table_ = f" --table {save}" if save else ""
-    kept = "".join(f" --keep {shlex.quote(each)}" for each in keep or ())
-    kept += f" --types {types}" if types else ""
-    out = "-o OUT.gguf" if format_ == GGUF else f"--format {format_} -o OUT"
-    some = found[len(found) // 2]
-    console.print(f"Next: whit quantize {model} --fit {some.n_bytes}{table_}{kept} {out}", soft_wrap=True)
+    if (keep or types or format_ != GGUF) and fit is None:
+        raise RecipeError("--keep, --types and --format are for --fit and --predict; add one of them.")
+    most = parse_size(ram) if ram else None
+    limit = parse_size(fit) if fit else None
+    opened, n_windows = open_headers(model), windows or PRESETS[preset].windows
+    refused: dict[str, str] = {}
+    found: list[Candidate] = []
+    for name in recipe or (() if fit else CANDIDATES):
+        try:
+            found.append(_candidate(opened, name, rounding, n_windows, context))
+        except RecipeError as error:
+            if recipe:
+                raise
+            refused[name] = str(error)
+    free = shutil.disk_usage(next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())).free
+    problems = _problems(found, limit, most, free) if recipe else []
+    sizes = None
+    if fit and not recipe:
+        chosen = types_of(types, format_)
+        allocator = Allocator(opened, rounding, chosen, format_, keep or ())
+        check_types(allocator, chosen)
+        sizes = {"least": allocator.least, "most": allocator.most}
+        problems += _budget_problems(sizes, limit or 0, free)
+    if json:
+        print(jsonlib.dumps(_flat(opened, found, refused, sizes, free, problems), indent=2))
+    else:
+        _print(Console(highlight=False, markup=False), opened, found, refused, sizes, context, free, bool(recipe))
+    if problems:
+        raise CheckFailedError(" ".join(problems))
 
 
-def _print(console: Console, allocator: Allocator, found: list[Allocation]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("MB", "bits per weight", "KL, predicted", "largest shares"):
-        table.add_column(title, justify="left" if title == "largest shares" else "right")
+def _candidate(model: Model, name: str, rounding: str, windows: int, context: int) -> Candidate:
+    recipe = folder_recipe(name, rounding) or recipe_named(name, rounding)
+    plan, n_bytes = plan_model(model, recipe)
+    run = run_bytes(n_bytes, shape_from_config(model.config), context)
+    return Candidate(name, plan, n_bytes, ram_bytes(model, plan, windows), run)
+
+
+def _problems(found: list[Candidate], limit: int | None, most: int | None, free: int) -> list[str]:
+    said = []
     for each in found:
-        bits = f"{8 * each.n_bytes / allocator.n_weights:.2f}"
-        table.add_row(f"{each.n_bytes / 1e6:.1f}", bits, f"{each.damage:.2g}", _shares(allocator, each))
-    console.print(table)
+        for what, needed, has in (
+            ("--fit", each.n_bytes, limit),
+            ("--ram", each.ram, most),
+            ("disk", each.n_bytes, free),
+        ):
+            if has is not None and needed > has:
+                said.append(f"{each.name} needs {needed / 1e6:,.1f} MB, but {what} allows {has / 1e6:,.1f} MB.")
+    return said
 
 
-def _shares(allocator: Allocator, each: Allocation) -> str:
-    sizes: dict[str, int] = {}
-    for name, grid in allocator.grids(each).items():
-        sizes[grid] = sizes.get(grid, 0) + allocator.weights_in(name)
-    largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
-    return ", ".join(f"{grid} {100 * n / sum(sizes.values()):.0f} %" for grid, n in largest)
+def _budget_problems(sizes: dict[str, int], limit: int, free: int) -> list[str]:
+    said = []
+    for what, has in (("--fit", limit), ("disk", free)):
+        if sizes["least"] > has:
+            said.append(f"The smallest output has {sizes['least']:,} bytes, but {what} allows {has:,}.")
+    return said
 
 
-def _print_checked(console: Console, checked: list[dict[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("tensor", "grid", "KL, predicted", "KL, measured"):
-        table.add_column(title, justify="left" if title in ("tensor", "grid") else "right")
-    for each in checked:
-        table.add_row(each["tensor"], each["grid"], f"{each['predicted']:.2g}", f"{each['measured']:.2g}")
-    console.print()
-    console.print(table)
-    logs = torch.tensor([[each["predicted"], each["measured"]] for each in checked]).double().clamp(min=1e-12).log()
-    factor = (logs[:, 0] - logs[:, 1]).mean().exp().item()
-    correlation = torch.corrcoef(logs.T)[0, 1].item() if len(checked) > 2 else float("nan")
+def _flat(
+    model: Model,
+    found: list[Candidate],
+    refused: dict[str, str],
+    sizes: dict[str, int] | None,
+    free: int,
+    problems: list[str],
+) -> dict[str, Any]:
+    return {
+        "model": model.label,
+        "source_bytes": model.n_bytes,
+        "disk_free": free,
+        "recipes": [
+            {
+                "recipe": each.name,
+                "bytes": each.n_bytes,
+                "ram_bytes": each.ram,
+                "disk_bytes": each.n_bytes,
+                "run_bytes": each.run.total,
+                "kv_cache_bytes": each.run.kv_cache,
+                "calibrated": needs_text(each.plan),
+                "exceptions": [
+                    {"tensor": step.tensor.name, "type": step.type, "reason": step.exception}
+                    for step in each.plan.exceptions
+                ],
+            }
+            for each in found
+        ],
+        "refused": refused,
+        "fit": sizes,
+        "problems": problems,
+    }
+
+
+def _print(
+    console: Console,
+    model: Model,
+    found: list[Candidate],
+    refused: dict[str, str],
+    sizes: dict[str, int] | None,
+    context: int,
+    free: int,
+    detailed: bool,
+) -> None:
     console.print(
-        f"Predicted / measured: {factor:.2f} (geometric mean), correlation of the logarithms {correlation:.3f}. "
-        "Both are of plain rounding; what is written loses less.",
-        soft_wrap=True,
+        f"{model.label}: {model.n_bytes / 1e6:,.1f} MB as stored, {free / 1e6:,.0f} MB of disk free", soft_wrap=True
     )
+    if sizes:
+        console.print(f"Outputs from {sizes['least']:,} to {sizes['most']:,} bytes are possible.")
+    if found:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("recipe", "bytes", "RAM of the job, MB", "to run, MB", "of it KV cache"):
+            table.add_column(title, justify="left" if title == "recipe" else "right")
+        for each in found:
+            sizes_ = (each.ram, each.run.total, each.run.kv_cache)
+            table.add_row(each.name, f"{each.n_bytes:,}", *(f"{size / 1e6:,.0f}" for size in sizes_))
+        console.print(table)
+        console.print(
+            f"To run: {context} tokens of context, f16 cache. RAM is an estimate, bytes are exact.", soft_wrap=True
+        )
+    for each in found if detailed else found[:0]:
+        console.print(f"{each.name}:")
+        for line in exception_lines(each.plan):
+            console.print(line, soft_wrap=True)
+    if found and not detailed:
+        console.print("What stays in float or falls back, and why: name one with --recipe.", soft_wrap=True)
+    for name, why in refused.items():
+        console.print(f"{name}: not possible. {why}", soft_wrap=True)

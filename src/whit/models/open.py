@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from whit.checkpoints.folder import open_folder, read_config
 from whit.checkpoints.gguf import GGUFFile
-from whit.checkpoints.hub import download, headers, looks_like_hub_id
+from whit.checkpoints.hub import beside, download, headers, looks_like_hub_id
 from whit.checkpoints.quantized import CONFIG, QuantizedTensors
 from whit.checkpoints.source import TensorSource
 from whit.errors import ModelError
@@ -38,6 +39,17 @@ def open_model(text: str | Path, fetch: bool = True) -> Model:
         f"{name}: no such file or folder. A model is a Hugging Face folder, a .gguf file, a hub id (owner/name) "
         f"or a built-in name ({', '.join(BUILTIN)})."
     )
+
+
+def open_headers(text: str) -> Model:
+    """As `open_model`, but of a hub model only headers, configuration and tokenizer are fetched.
+
+    Raises ModelError as `open_model` does.
+    """
+    model = open_model(text, fetch=False)
+    if model.tokenizer_dir is None and not model.gguf_metadata:
+        return replace(model, tokenizer_dir=beside(text))
+    return model
 
 
 def _open_folder(label: str, folder: Path) -> Model:
