@@ -165,8 +165,8 @@ class CalibratedRun:
         links.restore()
         if self._state:
             scales = {name: self.input_scales[name] for name in steps if name in self.input_scales}
-            block = Block(made, self.rounder.losses[n_losses:], scales, sorted(self._sound))
-            self._state.keep(block, hidden, original)
+            finished = Block(made, self.rounder.losses[n_losses:], scales, sorted(self._sound))
+            self._state.keep(finished, hidden, original)
             made.clear()
         return_memory()
 
