@@ -31,7 +31,7 @@ def whole_file(path: Path, n_bytes: int, overwrite: bool) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync(path.parent)
+        synced_folder(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(_explain(path, n_bytes, error)) from error
@@ -75,7 +75,7 @@ def moved(source: Path, path: Path, overwrite: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         source.replace(path)
-    _sync(path.parent)
+    synced_folder(path.parent)
 
 
 def check_folder(path: Path, n_bytes: int, overwrite: bool) -> None:
@@ -115,10 +115,15 @@ def _check_place(path: Path, n_bytes: int) -> None:
 def _explain(path: Path, n_bytes: int, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"{path}: the disk is full ({n_bytes / 1e9:.2f} GB are needed). Nothing was left behind; "
+            f"{path}: the disk is full ({n_bytes / 1e9:.2f} GB are needed). Nothing half-written was left; "
             "free some space or choose another disk."
         )
     return f"{path}: cannot be written ({error.strerror or error})."
+
+
+def synced_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    _sync(path)
 
 
 def _sync(path: Path) -> None:

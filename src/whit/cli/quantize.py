@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -164,7 +165,8 @@ def command(
 
         held_out, train = distilling.texts(console, opened, calib)
     intended = Intended()
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    scratch = bool(distil) or unseen is not None  # a run that is killed leaves no empty folder otherwise
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") if scratch else nullcontext("") as folder:
         written = Path(folder) / out.name if distil else out
         text = None if calibration is None or imatrix else calibration.windows
         if chosen is not None and better is not None:

@@ -36,6 +36,7 @@ from whit.pipeline.inputs import Inputs, moments_of
 from whit.pipeline.plain import plain_pieces
 from whit.pipeline.plan import Piece, Rounded, Step
 from whit.pipeline.rounder import Rounder, Task
+from whit.pipeline.state import Block, State
 from whit.products import coarse_products
 from whit.recipes.folders import FIXED, SMOOTHED
 from whit.transforms.absorb import block_pairs, head_pair
@@ -60,15 +61,18 @@ class CalibratedRun:
         calibration: Calibration,
         progress: Progress | None,
         activations: str = "",
+        state: State | None = None,
     ) -> None:
         """For one model.
 
         view         its tensors as the file will name them
         steps        one per tensor of the file
         activations  how runtimes will quantize what arrives at layers, as in a recipe
+        state        where finished blocks are kept, and those of an earlier run are; None to keep nothing
         """
         self._smooth, self._fixed = activations in SMOOTHED, activations in FIXED
         self._kind = "int" if self._smooth else "float"
+        self._state = state
         self._kept = KEPT if self._smooth or self._fixed else 0
         self.input_scales: dict[str, float] = {}
         self._model, self._fisher = model, dict[str, Tensor]()  # of tensors that are still to be rounded
@@ -83,22 +87,48 @@ class CalibratedRun:
     def tensors(self) -> Iterator[Rounded]:
         """Every tensor, in the order of computation.
 
-        Raises BadWeightsError for weights or activations that are not finite.
+        Raises BadWeightsError for weights or activations that are not finite, and what `State` raises.
         """
         keep_large_apart()
         if asking := [name for name, step in self._steps.items() if step.needs_fisher]:
-            self._fisher = fisher(self._model, asking, self._calibration.windows, progress=self._tell)
+            self._fisher = self._fisher_of(asking)
         total = self._stream.n_blocks + 1
         self._tell(0, total, "embeddings")
         hidden = self._stream.start(self._calibration.windows)
         original = list(hidden) if self._calibration.strength > 0 else []
-        for index in range(self._stream.n_blocks):
+        first = self._state.n_blocks if self._state else 0
+        if self._state and first:
+            self._stream.fill(0)
+            self._stream.fuse_attention(hidden[0])  # decided on the first block, for all
+            self._stream.empty(0)
+            hidden, original = self._state.hidden()
+            for index in range(first):
+                yield from self._again(self._state, index)
+        for index in range(first, self._stream.n_blocks):
             self._tell(index, total, f"block {index}")
             yield from self._block(index, hidden, original)
         self._tell(total - 1, total, "head")
         original.clear()
         yield from self._ends(hidden)
         self._tell(total, total, "done")
+
+    def _fisher_of(self, asking: list[str]) -> dict[str, Tensor]:
+        found = self._state.fisher() if self._state else None
+        if found is None:
+            found = fisher(self._model, asking, self._calibration.windows, progress=self._tell)
+            if self._state:
+                self._state.keep_fisher(found)
+        return found
+
+    def _again(self, state: State, index: int) -> Iterator[Rounded]:
+        """The tensors of a block that an earlier run finished."""
+        block = state.block(index, self._steps)
+        self._sound = set(block.sound)
+        self.rounder.losses += block.losses
+        self.input_scales |= block.input_scales
+        for name, pieces in block.pieces.items():
+            self._fisher.pop(name, None)
+            yield self._steps.pop(name), iter(pieces)
 
     def _block(self, index: int, hidden: list[Tensor], original: list[Tensor]) -> Iterator[Rounded]:
         stream, links, prefix = self._stream, self._links, self._stream.prefix(index)
@@ -124,13 +154,20 @@ class CalibratedRun:
             self._fix_inputs(step, inputs.of(links.slots(name)[0]), change.columns.get(name))
             seen, factors = moments_of(step.tensor.shape, inputs, links.slots(name)), change.columns.get(name)
             tasks.append(Task(step, seen, factors, self._fisher.pop(name, None)))
-        yield from self._rounded(tasks, install=True)
+        n_losses, made = len(self.rounder.losses), dict[str, list[Piece]]()
+        for step, pieces in self._rounded(tasks, install=True):
+            yield step, _noted(pieces, made.setdefault(step.tensor.name, [])) if self._state else pieces
         stream.fill(index)
         with coarse_products():
             for n, window in enumerate(hidden):
                 hidden[n] = stream.run(index, window)
         stream.empty(index)
         links.restore()
+        if self._state:
+            scales = {name: self.input_scales[name] for name in steps if name in self.input_scales}
+            finished = Block(made, self.rounder.losses[n_losses:], scales, sorted(self._sound))
+            self._state.keep(finished, hidden, original)
+            made.clear()
         return_memory()
 
     def _ends(self, hidden: list[Tensor]) -> Iterator[Rounded]:
@@ -197,6 +234,13 @@ class CalibratedRun:
             yield quantized
         if install:
             self._links.replace(tensor.name, torch.cat(decoded).reshape(tensor.shape))
+
+
+def _noted(pieces: Iterator[Piece], made: list[Piece]) -> Iterator[Piece]:
+    """The pieces, each also put into `made`."""
+    for piece in pieces:
+        made.append(piece)
+        yield piece
 
 
 def importance_matrix(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.checkpoints.atomic import whole_folder
+from whit.checkpoints.atomic import check_folder, whole_folder
 from whit.checkpoints.quantized import CONFIG, WEIGHT
 from whit.checkpoints.safetensors_writer import SHARD_BYTES, Shards
 from whit.errors import BadWeightsError, RecipeError
@@ -32,6 +32,7 @@ from whit.pipeline.formats import FOLDERS, Said, has_zero_points
 from whit.pipeline.plain import plain_tensors
 from whit.pipeline.plan import Plan, Rounded, Step
 from whit.pipeline.quantize import Progress, Result, Watch, model_view, plan_gguf, predicted_bytes, write_gguf
+from whit.pipeline.state import state_beside
 from whit.pipeline.stored import joined
 from whit.recipes.folders import FIXED
 from whit.recipes.recipe import Recipe
@@ -89,10 +90,16 @@ class FolderJob:
         tensors  what every step becomes, when nothing is to be rounded here
         watch    is shown every weight that is packed as codes, and its name in the folder
         Raises BadWeightsError and ModelError as `write_gguf` does, OutputError when the folder exists (without
-        `overwrite`) or cannot be written. On any failure nothing is left that was not there before.
+        `overwrite`) or cannot be written. On any failure nothing is left at `path` that was not there before; what a
+        calibrated run has finished lies beside it, and the same call goes on there (pipeline/state.py).
         """
         started, losses = time.perf_counter(), list[TensorLoss]()
-        with whole_folder(path, self.n_bytes, overwrite) as folder:
+        check_folder(path, self.n_bytes, overwrite)
+        activations, given = self._recipe.activations, None if tensors is not None else calibration
+        with (
+            state_beside(path, self._model, self.plan.steps, given, f"{self._recipe.layout} {activations}") as state,
+            whole_folder(path, self.n_bytes, overwrite) as folder,
+        ):
             self._shards.create(folder)
             if tensors is not None:
                 self._write(tensors, watch)
@@ -107,8 +114,8 @@ class FolderJob:
             else:
                 from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
 
-                activations = self._recipe.activations
-                run = CalibratedRun(self._model, self._view, self.plan.steps, calibration, progress, activations)
+                steps = self.plan.steps
+                run = CalibratedRun(self._model, self._view, steps, calibration, progress, activations, state)
                 self._write(run.tensors(), watch, run.input_scales)
                 losses = run.rounder.losses
             self._shards.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from whit.checkpoints.atomic import whole_file
+from whit.checkpoints.atomic import check_target, whole_file
 from whit.checkpoints.gguf import Announced, GGUFWriter
 from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.errors import ModelError
@@ -25,6 +25,7 @@ from whit.pipeline.imported import imported_tensors
 from whit.pipeline.plain import plain_tensors
 from whit.pipeline.plan import FILE_TYPES, Piece, Plan, Rounded, Step, make_plan
 from whit.pipeline.rounder import Rounder
+from whit.pipeline.state import state_beside
 from whit.recipes.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
@@ -69,12 +70,17 @@ def write_gguf(
     watch    is shown every piece that is packed, and the name of its tensor
     calibration  text and effort; needed when a rounding of the recipe looks at what arrives at a layer
     Raises ModelError for weights or tokenizers that cannot be used, OutputError when the file exists (without
-    `overwrite`) or cannot be written. On any failure nothing is left at `path` that was not there before.
+    `overwrite`) or cannot be written. On any failure nothing is left at `path` that was not there before; what a
+    calibrated run has finished lies beside it, and the same call goes on there (pipeline/state.py).
     """
     started = time.perf_counter()
     plan = plan_gguf(model, recipe)
     writer = _writer(model, plan)
-    with whole_file(path, writer.n_bytes, overwrite) as file:
+    check_target(path, writer.n_bytes, overwrite)
+    with (
+        state_beside(path, model, plan.steps, None if tensors else calibration) as state,
+        whole_file(path, writer.n_bytes, overwrite) as file,
+    ):
         losses: list[TensorLoss] = []
         if tensors is not None:
             writer.write(file, _packed(tensors(plan), watch))
@@ -89,7 +95,7 @@ def write_gguf(
         else:
             from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
 
-            streamed = CalibratedRun(model, model_view(model), plan.steps, calibration, progress)
+            streamed = CalibratedRun(model, model_view(model), plan.steps, calibration, progress, state=state)
             writer.write(file, _packed(streamed.tensors(), watch))
             losses = streamed.rounder.losses
     return Result(path, writer.n_bytes, plan, time.perf_counter() - started, tuple(losses))
