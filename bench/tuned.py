@@ -25,7 +25,7 @@ def main() -> None:
     for name in ("start", "original", "tokens", "out"):
         parser.add_argument(name)
     parser.add_argument("--train", default="full")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--block-steps", type=int, default=120)
     parser.add_argument("--block-batch", type=int, default=4)

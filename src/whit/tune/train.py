@@ -61,7 +61,7 @@ class Tuning:
     """
 
     train: str = FULL
-    steps: int = 80
+    steps: int = 240
     batch: int = 2
     at_once: int = 1
     block_steps: int = 120
