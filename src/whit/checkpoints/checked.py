@@ -77,4 +77,4 @@ def read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _bytes(value: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return value.view(-1).view(torch.uint8).numpy().data
+    return value.contiguous().view(-1).view(torch.uint8).numpy().data

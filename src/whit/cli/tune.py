@@ -50,7 +50,7 @@ def command(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="With --train lora.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Steps from end to end.")] = 80,
+    steps: Annotated[int, typer.Option(min=1, help="Steps from end to end.")] = 240,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 2,
     block_steps: Annotated[
         int, typer.Option(min=0, help="Steps in every block on its own, before; with a teacher.")

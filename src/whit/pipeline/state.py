@@ -180,7 +180,7 @@ def fingerprint(model: Model, steps: Sequence[Step], calibration: Calibration, a
         "version of torch": str(torch.__version__),
         "model": _model(model),
         "recipe": _digest(json.dumps([activations, *([s.tensor.name, s.type, s.rounding] for s in steps)]).encode()),
-        "text": _digest(repr(tuple(calibration.windows.shape)).encode(), calibration.windows.numpy().data),
+        "text": _digest(repr(tuple(calibration.windows.shape)).encode(), calibration.windows.contiguous().numpy().data),
         "preset": repr((calibration.strength, calibration.effort)),
     }
 
