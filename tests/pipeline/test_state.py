@@ -166,3 +166,13 @@ def test_a_full_disk_leaves_the_finished_blocks(llama: Path, tmp_path: Path, mon
     monkeypatch.setattr(os, "fsync", real)
     write(llama, tmp_path / "a")
     assert content(tmp_path / "a") == content(tmp_path / "whole")
+
+
+def test_a_text_that_is_part_of_a_larger_tensor_is_taken(llama: Path, tmp_path: Path) -> None:
+    windows = torch.tensor(random_tokens(4 * 40, 0)).view(4, 40)[:, :32]
+    assert not windows.is_contiguous()
+    for out, text in (("part", windows), ("own", windows.contiguous())):
+        write_model(
+            open_model(llama), recipe("q4_0"), tmp_path / out, calibration=Calibration(text, effort=Effort(sweeps=1))
+        )
+    assert content(tmp_path / "part") == content(tmp_path / "own")
