@@ -8,7 +8,7 @@ import torch
 from tiny import TINY, VOCAB, save_tiny
 from whit.models import sampling
 from whit.models.open import open_model
-from whit.models.sampling import sampled_windows
+from whit.models.sampling import PROMPT, continued_windows, sampled_windows
 from whit.models.skeleton import load_module
 
 LENGTH, N = 24, 6
@@ -42,3 +42,19 @@ def test_the_same_seed_gives_the_same_text_in_batches(tmp_path: Path, monkeypatc
     assert steps == [0, 4, 6]
     assert torch.equal(first, sampled_windows(model, N, LENGTH, seed=3))
     assert not torch.equal(first, sampled_windows(model, N, LENGTH, seed=4))
+
+
+def test_continued_windows_begin_with_pieces_of_the_text(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    model = open_model(tmp_path)
+    text = torch.randint(VOCAB, (3, PROMPT + 20), generator=torch.Generator().manual_seed(1))
+    ids = continued_windows(model, text, 2)
+    assert ids.shape == (6, PROMPT + 20)
+    starts = []
+    for n, window in enumerate(ids):
+        pieces = text[n % 3].unfold(0, PROMPT, 1)
+        starts += (pieces == window[:PROMPT]).all(1).nonzero().flatten().tolist()
+    assert len(starts) == 6
+    assert len(set(starts)) > 3
+    assert torch.equal(ids, continued_windows(model, text, 2))
+    assert not torch.equal(ids, continued_windows(model, text, 2, seed=1))
