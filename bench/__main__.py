@@ -1,4 +1,4 @@
-"""`make bench`: every measurement, one after the other. Builds the peers on first use; takes about four hours.
+"""`make bench`: every measurement, one after the other. Builds the peers on first use; takes about five hours.
 
 Single ones: `python -m bench.NAME`, with the arguments below.
 """
@@ -21,6 +21,8 @@ COMMANDS = (
     ("small_model", SMALL),
     ("importance", SMALL, "--preset", "fast", "--runtime", "q4_k_m", "q2_k", "--recipes", *RECIPES, *LOW_BITS),
     ("depth",),
+    ("seven_billion",),
+    ("survival",),
     ("ablation", "--recipe", "q4_0"),
     ("ablation", SMALL, "--recipe", "q2_k"),
     ("budget", "--runtime", "Q4_K_M", "IQ4_XS"),
