@@ -5,7 +5,8 @@ What every block is called with beside them (masks, positions) is written down o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,12 +21,16 @@ from whit.live.twin import Twin
 class _Recorder(nn.Module):
     """Stands where a block stood."""
 
-    def __init__(self) -> None:
+    def __init__(self, returned: Tensor | None = None) -> None:
+        """returned  what it gives; None for what it is given"""
         super().__init__()
         self.given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._returned = returned
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.given = args, kwargs
+        if self._returned is not None:
+            return self._returned
         return args[0] if args else kwargs["hidden_states"]
 
 
@@ -85,17 +90,9 @@ def chain_of(model: nn.Module, call: Call) -> nn.ModuleList | None:
 
 def _record(model: nn.Module, blocks: nn.ModuleList, call: Call) -> State | None:
     """What every block is called with when the blocks before it do nothing; None when that is no chain."""
-    originals, recorders = dict(blocks._modules), [_Recorder() for _ in blocks]
-    for key, recorder in zip(originals, recorders, strict=True):
-        blocks._modules[key] = recorder
-        for name, value in originals[key].__dict__.items() if originals[key] is not None else ():
-            if name not in recorder.__dict__ and not name.startswith("_"):
-                recorder.__dict__[name] = value  # such as attention_type, which some models read from their blocks
-    try:
-        with torch.no_grad():
-            call(model)
-    finally:
-        blocks._modules.update(originals)
+    recorders = [_Recorder() for _ in blocks]
+    with _replaced(blocks, recorders), torch.no_grad():
+        call(model)
     given = [recorder.given for recorder in recorders]
     if any(each is None for each in given):
         return None
@@ -109,3 +106,24 @@ def states_of(model: nn.Module, blocks: nn.ModuleList, calls: Sequence[Call]) ->
     """Before the first block, of a chain that `chain_of` found."""
     states = [cast(State, _record(model, blocks, call)) for call in calls]
     return States(list(blocks), states)
+
+
+def finished(blocks: nn.ModuleList, hidden: Tensor, call: Callable[[], Tensor]) -> Tensor:
+    """What a call of the model comes to when its last block has returned `hidden` [windows, length, width]."""
+    with _replaced(blocks, [_Recorder(hidden) for _ in blocks]):
+        return call()
+
+
+@contextmanager
+def _replaced(blocks: nn.ModuleList, recorders: Sequence[_Recorder]) -> Iterator[None]:
+    """While the context lasts, others stand in the blocks' places."""
+    originals = dict(blocks._modules)
+    for key, recorder in zip(originals, recorders, strict=True):
+        blocks._modules[key] = recorder
+        for name, value in originals[key].__dict__.items() if originals[key] is not None else ():
+            if name not in recorder.__dict__ and not name.startswith("_"):
+                recorder.__dict__[name] = value  # such as attention_type, which some models read from their blocks
+    try:
+        yield
+    finally:
+        blocks._modules.update(originals)

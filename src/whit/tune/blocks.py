@@ -13,12 +13,12 @@ Source: arXiv 2407.11062 (EfficientQAT, block-wise training of all parameters); 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from whit.live.chain import called, chain_of, states_of
+from whit.live.chain import called, chain_of, finished, states_of
 from whit.live.run import Call
 from whit.tune.adam import Adam
 from whit.tune.halves import Halves, fast
@@ -38,7 +38,7 @@ class Blocks:
         """ids   [windows, length] int64, those that are not trained on first
         seed  of the metric
         """
-        self._ids, self._n_held = ids, n_held
+        self._ids, self._n_held, self._seed = ids, n_held, seed
         call = Call((ids[:1],), {})
         self._chain = chain_of(model, call)
         self.n = 0
@@ -48,12 +48,12 @@ class Blocks:
         theirs = dict(teacher.named_modules()).get(name)
         if not isinstance(theirs, nn.ModuleList) or len(theirs) != len(self._chain):
             return
-        self.n, self._theirs = len(theirs), theirs
+        self.n, self._theirs, self._teacher = len(theirs), theirs, teacher
+        self._metrics: list[Tensor] = []
         self._arguments = [
             states_of(model if own else teacher, each, [call]).calls[0].arguments
             for own, each in ((True, self._chain), (False, theirs))
         ]
-        self._metrics = metrics(Halves(teacher), list(theirs), ids[n_held:], seed)
         windows = [Call((each[None],), {}) for each in ids]
         self._reached = [each.hidden for each in states_of(model, self._chain, windows).calls]
         self._original = [each.hidden for each in states_of(teacher, theirs, windows).calls]
@@ -80,11 +80,14 @@ class Blocks:
         """
         assert self._chain is not None
         block = self._chain[index]
-        targets = [self._called(self._theirs[index], 1, index, some) for some in _some(self._original)]
-        self._original = [each for some in targets for each in some.split(1)]
+        self.follow(index)
         before = after = 0.0
         if adam is not None and own:
             weights = self._weights()
+            if not self._metrics:
+                self._metrics = metrics(
+                    Halves(self._teacher), list(self._theirs), self._ids[self._n_held :], self._seed
+                )
             before = self._loss(block, index, own, weights)
             kept = [value.detach().clone() for learner, _ in own for value in learner.moving()]
             order = torch.Generator().manual_seed(seed + index)
@@ -100,11 +103,21 @@ class Blocks:
                     value.data.copy_(old)
         with torch.no_grad(), fast(self._ids.device):
             lent(own, False)
-            self._reached = [
-                each for some in _some(self._reached) for each in self._called(block, 0, index, some).split(1)
-            ]
+            self._advance(self._reached, block, 0, index)
             give_back(own)
         return before, after
+
+    def follow(self, index: int) -> None:
+        """Go on to the next block with the original alone."""
+        self._advance(self._original, self._theirs[index], 1, index)
+
+    def rest(self) -> None:
+        """The model has learned: only the original is asked about from now on."""
+        self._reached.clear()
+
+    def finished(self, window: int, call: Callable[[], Tensor]) -> Tensor:
+        """What a call of the original comes to for a window, once all its blocks have been gone through."""
+        return finished(self._theirs, self._original[window], call)
 
     def _gradients(self, block: nn.Module, index: int, own: Own, chosen: list[int], weights: list[Tensor]) -> None:
         """Those of the loss of some windows, up to a factor that Adam does not see."""
@@ -135,10 +148,12 @@ class Blocks:
         median = torch.cat(sizes).median()
         return [1 / (each + median) for each in sizes]
 
+    def _advance(self, hidden: list[Tensor], block: nn.Module, whose: int, index: int) -> None:
+        """Every window behind the block, in place."""
+        for at in range(0, len(hidden), AT_ONCE):
+            some = slice(at, at + AT_ONCE)
+            hidden[some] = self._called(block, whose, index, torch.cat(hidden[some])).split(1)
+
     def _called(self, block: nn.Module, whose: int, index: int, hidden: Tensor) -> Tensor:
         with torch.no_grad(), fast(self._ids.device):
             return called(block, self._arguments[whose][index], hidden).float()
-
-
-def _some(hidden: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.cat(list(hidden[at : at + AT_ONCE])) for at in range(0, len(hidden), AT_ONCE)]

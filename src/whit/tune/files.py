@@ -30,7 +30,8 @@ from whit.pipeline.rewrite import check_pair, folder_job, rewrite_folder, rewrit
 from whit.pipeline.stored import gathered, joined, stored_of
 from whit.tune.moving import learn, settle, vectors_of
 from whit.tune.state import Keeper
-from whit.tune.train import Progress, Run, Teacher, Tuned, Tuning, training_mode
+from whit.tune.teacher import Progress, Teacher
+from whit.tune.train import Run, Tuned, Tuning, training_mode
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -67,7 +68,7 @@ def tune_file(
     types = dict.fromkeys(vectors_of(model), job.dtype) if job is not None else back.types()
     run = Run(model, learners, torch.cat([held_out, windows]), len(held_out), tuning, types)
     keeper.restore(run)
-    teacher = None if original is None else Teacher(live_model(original, torch.float32), run.ids, progress)
+    teacher = None if original is None else Teacher(live_model(original, torch.float32), run.ids, len(held_out))
     with training_mode(model, tuning.checkpoints):
         found = run.train(teacher, progress, keeper.save)
     settle(model)

@@ -32,8 +32,8 @@ from whit.tune.blocks import Blocks
 from whit.tune.halves import Halves, fast
 from whit.tune.losses import Wanted, backward, losses
 from whit.tune.moving import FULL, RANK, SCALES, borrowers, collect, give_back, learn, lent, settle, vectors_of
+from whit.tune.teacher import Progress, Teacher
 
-Progress = Callable[[int, int, str], None]
 Save = Callable[["Run"], None]
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch's Adam
 CHECKS = 4  # looks at the text that is not trained on
@@ -137,7 +137,7 @@ def train(
     learners = learn(model, tuning.train, tuning.rank, tuning.seed, tuning.by_blocks(teacher is not None))
     with training_mode(model, tuning.checkpoints):
         run = Run(model, learners, torch.cat([held_out, windows]), len(held_out), tuning)
-        found = run.train(None if teacher is None else Teacher(teacher, run.ids, progress), progress)
+        found = run.train(None if teacher is None else Teacher(teacher, run.ids, len(held_out)), progress)
     settle(model)
     return found
 
@@ -161,34 +161,6 @@ def training_mode(model: nn.Module, checkpoints: bool) -> Iterator[None]:
             cast(Any, model).gradient_checkpointing_disable()
         for module, mode in modes.items():
             module.training = mode
-
-
-class Teacher:
-    """The float model's predictions, from hidden states that are found once.
-
-    model  the float model, until `rest`
-    """
-
-    def __init__(self, model: nn.Module, ids: Tensor, progress: Progress | None = None) -> None:
-        """ids  [windows, length] int64, all windows that will be asked for"""
-        self.model: nn.Module | None = model
-        self._halves = Halves(model)
-        self._states: list[Tensor] = []
-        for index, window in enumerate(ids):
-            if progress is not None:
-                progress(index, len(ids), "reading with the original")
-            with torch.no_grad(), fast(window.device):
-                self._states.append(self._halves.hidden(window[None]))
-
-    def __call__(self, window: int, part: slice) -> Tensor:
-        """Logits [n, vocab] of some tokens."""
-        with torch.no_grad(), fast(self._states[window].device):
-            return self._halves.logits(self._states[window][part])
-
-    def rest(self) -> None:
-        """Only predictions are asked for from now on: the decoder may go, unless somebody else holds it."""
-        self.model = None
-        self._halves.only_logits()
 
 
 class Run:
@@ -244,13 +216,8 @@ class Run:
         if not self._first.numel():
             tell(0, tuning.steps, "looking at other text")
             self._first = self._best = self._held_out(teacher)
-        if teacher is not None and tuning.by_blocks(True) and not self.step:
-            self._train_blocks(teacher, tell, keep, late)
-            self._look(teacher)
-            if self._kept == (0, 0):
-                self._restore(self._start)
         if teacher is not None:
-            teacher.rest()
+            teacher.read(self._by_blocks(teacher, tell, keep, late) if tuning.by_blocks(True) else None, tell)
         self._adam = Adam(self._own, self._vectors, tuning.rates)
         self._recall_moments()
         every = max(1, tuning.steps // CHECKS)
@@ -301,9 +268,13 @@ class Run:
                 self._adam.state[value] = {key: self._moments[f"{key}.{name}"].to(value.device) for key in MOMENTS}
         self._moments = {}
 
-    def _train_blocks(self, teacher: Teacher, tell: Progress, keep: Save, late: Callable[[], bool]) -> None:
-        """Let every block learn from the original's; its codes stay where that leaves them."""
-        tuning = self._tuning
+    def _by_blocks(self, teacher: Teacher, tell: Progress, keep: Save, late: Callable[[], bool]) -> Blocks | None:
+        """Let every block learn from the original's; its codes stay where that leaves them.
+
+        Returns the original behind its last block, None when it has none. Steps from end to end that were made before
+        find the very same there.
+        """
+        tuning, past = self._tuning, self.step > 0
         tell(0, 1, "looking at the blocks of the original")
         for vector in self._vectors.values():
             vector.show()
@@ -315,8 +286,10 @@ class Run:
             for learner, _ in self._own:
                 learner.free()
         for index in range(blocks.n):
-            if late():
-                break
+            past = past or late()
+            if past:  # and the model is not where the original is any more
+                blocks.follow(index)
+                continue
             own = blocks.learners(index, self._own)
             new = index >= self.block
             for learner, _ in own if new and free else ():
@@ -329,8 +302,15 @@ class Run:
                 self.block = index + 1
                 tell(index + 1, blocks.n, f"block {index}: error {before:.4f} -> {after:.4f}")
                 keep(self)
+        if blocks.n:
+            blocks.rest()
         for vector in self._vectors.values():
             vector.rest(False)
+        if not self.step:
+            self._look(teacher)
+            if self._kept == (0, 0):
+                self._restore(self._start)
+        return blocks if blocks.n else None
 
     def _look(self, teacher: Wanted | None) -> None:
         """Keep this state if text that is not trained on says so."""
