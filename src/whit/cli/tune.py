@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from whit.checkpoints.atomic import check_folder, check_target
+from whit.checkpoints.atomic import check_folder, check_target, whole_file
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, MIXED, calibration_for, calibration_windows, shared_out
 from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
@@ -24,6 +27,7 @@ from whit.recipes.named import recipe_named
 from whit.rounding.methods import FLOORED
 
 WINDOWS = 128  # to train on
+CONTINUED = 3  # by the original, of each
 
 
 def command(
@@ -42,6 +46,14 @@ def command(
     ] = DEFAULT_PRESET,
     data: Annotated[str, typer.Option(help=CALIB_HELP)] = MIXED,
     windows: Annotated[int, typer.Option(min=4, help="Windows of 512 tokens to train on.")] = WINDOWS,
+    continued: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="For each of these windows, so many more that begin like it and that the original writes itself. Only "
+            "with an original to follow.",
+        ),
+    ] = CONTINUED,
     train: Annotated[
         str | None,
         typer.Option(
@@ -100,12 +112,17 @@ def command(
     (check_folder if candidate.gguf_tensors is None else check_target)(out, candidate.n_bytes, force)
     ids, source = calibration_windows(original or candidate, windows + HELD_OUT, data, fresh=True)
     held_out, trained = shared_out(ids)
+    written = _Written(original, trained, continued, seed, out) if original is not None and continued else None
+    if written is not None:
+        source += f", and {continued * len(trained)} that the original writes"
+        trained = torch.cat([trained, written.windows()])
     aim = "following the original" if original is not None else "predicting the text"
     console.print(f"Training on {len(trained)} windows, deciding on {len(held_out)}, {aim}: {source}.", soft_wrap=True)
     with progress_bar("training") as progress:
         found = tune_file(candidate, out, trained, held_out, original, tuning, force, progress)
-    if start is not None:
-        _remove(start)
+    for path in (start, None if written is None else written.path):
+        if path is not None:
+            _remove(path)
     measure = "KL" if original is not None else "loss"
     if found.changed:
         console.print(
@@ -139,6 +156,31 @@ def _quantized(original: Model, recipe: str, preset: str, path: Path) -> Model:
         with progress_bar("quantizing") as progress:
             write_model(original, chosen, path, False, progress, calibration_for(original, preset))
     return open_model(str(path))
+
+
+class _Written:
+    """Windows that the original writes, kept beside the output until training is over: a repeated command reads them.
+
+    path  where
+    """
+
+    def __init__(self, original: Model, text: Tensor, times: int, seed: int, out: Path) -> None:
+        """text  [n, length] int64, to be continued"""
+        self._original, self._text, self._times, self._seed = original, text, times, seed
+        kind = hashlib.sha256(repr((original.label, original.n_bytes, times, seed)).encode())
+        kind.update(text.contiguous().numpy().data)
+        self.path = out.with_name(f".{out.stem}.{kind.hexdigest()[:8]}.text.safetensors")
+
+    def windows(self) -> Tensor:
+        """[times * n, length] int64."""
+        from whit.models.sampling import continued_windows  # it imports transformers, which takes seconds
+
+        if not self.path.exists():
+            with progress_bar("writing") as progress:
+                ids = continued_windows(self._original, self._text, self._times, self._seed, progress)
+            with whole_file(self.path, ids.nbytes, True) as file:
+                save_file({"tokens": ids.contiguous()}, file.name)
+        return load_file(self.path)["tokens"]
 
 
 def _remove(path: Path) -> None:
