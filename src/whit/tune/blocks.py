@@ -14,9 +14,11 @@ Source: arXiv 2407.11062 (EfficientQAT, block-wise training of all parameters); 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from whit.live.chain import called, chain_of, finished, states_of
 from whit.live.run import Call
@@ -54,9 +56,10 @@ class Blocks:
             states_of(model if own else teacher, each, [call]).calls[0].arguments
             for own, each in ((True, self._chain), (False, theirs))
         ]
-        windows = [Call((each[None],), {}) for each in ids]
-        self._reached = [each.hidden for each in states_of(model, self._chain, windows).calls]
-        self._original = [each.hidden for each in states_of(teacher, theirs, windows).calls]
+        self._reached, self._original = (
+            [states_of(_body(whole), chain, [Call((each[None],), {})]).calls[0].hidden for each in ids]
+            for whole, chain in ((model, self._chain), (teacher, theirs))
+        )
 
     def learners(self, index: int, borrowers: Own) -> Own:
         """Those whose matrices are all in one block."""
@@ -157,3 +160,8 @@ class Blocks:
     def _called(self, block: nn.Module, whose: int, index: int, hidden: Tensor) -> Tensor:
         with torch.no_grad(), fast(self._ids.device):
             return called(block, self._arguments[whose][index], hidden).float()
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """The model without its head, where it has one that takes time."""
+    return cast(Any, model).get_decoder() if isinstance(model, PreTrainedModel) else model
