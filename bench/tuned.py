@@ -1,7 +1,7 @@
 """`python -m bench.tuned START ORIGINAL TOKENS OUT`: train a quantized file on given windows, nothing else.
 
-TOKENS is a safetensors file with `tokens` [n, length]; some windows are kept apart to decide on, and the others are
-continued by the original, as the command does.
+TOKENS is a safetensors file with `tokens` [n, length]; some windows are kept apart to decide on, and the original
+draws tokens of the others anew, as the command does.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from whit.cli.calibration import shared_out
-from whit.cli.tune import CONTINUED
+from whit.cli.tune import RESAMPLED
 from whit.models.open import open_model
-from whit.models.sampling import continued_windows
+from whit.models.sampling import resampled_windows
 from whit.tune.files import tune_file
 from whit.tune.train import Tuning
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--block-batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=0.03)
     parser.add_argument("--scale-rate", type=float, default=1e-3)
-    parser.add_argument("--continued", type=int, default=CONTINUED)
+    parser.add_argument("--resampled", type=int, default=RESAMPLED)
     arguments = parser.parse_args()
     held_out, windows = shared_out(load_file(arguments.tokens)["tokens"])
     tuning = Tuning(
@@ -48,8 +48,8 @@ def main() -> None:
         scale_rate=arguments.scale_rate,
     )
     original = open_model(arguments.original)
-    if arguments.continued:
-        windows = torch.cat([windows, continued_windows(original, windows, arguments.continued)])
+    if arguments.resampled:
+        windows = torch.cat([windows, resampled_windows(original, windows, arguments.resampled)])
     start, out = open_model(arguments.start), Path(arguments.out)
     found = tune_file(
         start, out, windows, held_out, original, tuning, True, lambda *said: print(*said, file=sys.stderr)

@@ -8,7 +8,7 @@ import torch
 from tiny import TINY, VOCAB, save_tiny
 from whit.models import sampling
 from whit.models.open import open_model
-from whit.models.sampling import PROMPT, continued_windows, sampled_windows
+from whit.models.sampling import SHARE, resampled_windows, sampled_windows
 from whit.models.skeleton import load_module
 
 LENGTH, N = 24, 6
@@ -44,17 +44,22 @@ def test_the_same_seed_gives_the_same_text_in_batches(tmp_path: Path, monkeypatc
     assert not torch.equal(first, sampled_windows(model, N, LENGTH, seed=4))
 
 
-def test_continued_windows_begin_with_pieces_of_the_text(tmp_path: Path) -> None:
+def test_a_text_is_drawn_anew_in_part(tmp_path: Path) -> None:
+    """Where tokens differ they are draws: their mean log-likelihood is minus the entropy, as above."""
     save_tiny("llama", tmp_path)
     model = open_model(tmp_path)
-    text = torch.randint(VOCAB, (3, PROMPT + 20), generator=torch.Generator().manual_seed(1))
-    ids = continued_windows(model, text, 2)
-    assert ids.shape == (6, PROMPT + 20)
-    starts = []
-    for n, window in enumerate(ids):
-        pieces = text[n % 3].unfold(0, PROMPT, 1)
-        starts += (pieces == window[:PROMPT]).all(1).nonzero().flatten().tolist()
-    assert len(starts) == 6
-    assert len(set(starts)) > 3
-    assert torch.equal(ids, continued_windows(model, text, 2))
-    assert not torch.equal(ids, continued_windows(model, text, 2, seed=1))
+    text = torch.randint(VOCAB, (20, 64), generator=torch.Generator().manual_seed(1))
+    ids = resampled_windows(model, text, 3)
+    assert ids.shape == (60, 64)
+    other = ids != text.repeat(3, 1)
+    assert not other[:, 0].any()
+    assert abs(other.float().mean() / SHARE - 1) < 0.1
+    assert not torch.equal(ids[:20], ids[20:40])
+    with torch.inference_mode():
+        logs = load_module(model, torch.bfloat16)(input_ids=text, use_cache=False).logits.float().log_softmax(-1)
+    logs, at = logs.repeat(3, 1, 1)[:, :-1], other[:, 1:]
+    drawn = logs.gather(-1, ids[:, 1:, None])[..., 0][at]
+    surprise = drawn + -(logs.exp() * logs).sum(-1)[at]
+    assert abs(surprise.mean()) < 4 * surprise.std() / len(surprise) ** 0.5
+    assert torch.equal(ids, resampled_windows(model, text, 3))
+    assert not torch.equal(ids, resampled_windows(model, text, 3, seed=1))

@@ -27,7 +27,7 @@ from whit.recipes.named import recipe_named
 from whit.rounding.methods import FLOORED
 
 WINDOWS = 128  # to train on
-CONTINUED = 3  # by the original, of each
+RESAMPLED = 2  # by the original, of each
 
 
 def command(
@@ -46,14 +46,14 @@ def command(
     ] = DEFAULT_PRESET,
     data: Annotated[str, typer.Option(help=CALIB_HELP)] = MIXED,
     windows: Annotated[int, typer.Option(min=4, help="Windows of 512 tokens to train on.")] = WINDOWS,
-    continued: Annotated[
+    resampled: Annotated[
         int,
         typer.Option(
             min=0,
-            help="For each of these windows, so many more that begin like it and that the original writes itself. Only "
-            "with an original to follow.",
+            help="For each of these windows, so many more in which the original draws a quarter of the tokens anew, "
+            "where there is one to follow.",
         ),
-    ] = CONTINUED,
+    ] = RESAMPLED,
     train: Annotated[
         str | None,
         typer.Option(
@@ -112,15 +112,15 @@ def command(
     (check_folder if candidate.gguf_tensors is None else check_target)(out, candidate.n_bytes, force)
     ids, source = calibration_windows(original or candidate, windows + HELD_OUT, data, fresh=True)
     held_out, trained = shared_out(ids)
-    written = _Written(original, trained, continued, seed, out) if original is not None and continued else None
-    if written is not None:
-        source += f", and {continued * len(trained)} that the original writes"
-        trained = torch.cat([trained, written.windows()])
+    more = _Resampled(original, trained, resampled, seed, out) if original is not None and resampled else None
+    if more is not None:
+        source += f", and {resampled * len(trained)} drawn anew in part"
+        trained = torch.cat([trained, more.windows()])
     aim = "following the original" if original is not None else "predicting the text"
     console.print(f"Training on {len(trained)} windows, deciding on {len(held_out)}, {aim}: {source}.", soft_wrap=True)
     with progress_bar("training") as progress:
         found = tune_file(candidate, out, trained, held_out, original, tuning, force, progress)
-    for path in (start, None if written is None else written.path):
+    for path in (start, None if more is None else more.path):
         if path is not None:
             _remove(path)
     measure = "KL" if original is not None else "loss"
@@ -158,14 +158,14 @@ def _quantized(original: Model, recipe: str, preset: str, path: Path) -> Model:
     return open_model(str(path))
 
 
-class _Written:
-    """Windows that the original writes, kept beside the output until training is over: a repeated command reads them.
+class _Resampled:
+    """Windows that the original has drawn anew in part, beside the output until training is over.
 
     path  where
     """
 
     def __init__(self, original: Model, text: Tensor, times: int, seed: int, out: Path) -> None:
-        """text  [n, length] int64, to be continued"""
+        """text  [n, length] int64"""
         self._original, self._text, self._times, self._seed = original, text, times, seed
         kind = hashlib.sha256(repr((original.label, original.n_bytes, times, seed)).encode())
         kind.update(text.contiguous().numpy().data)
@@ -173,11 +173,11 @@ class _Written:
 
     def windows(self) -> Tensor:
         """[times * n, length] int64."""
-        from whit.models.sampling import continued_windows  # it imports transformers, which takes seconds
+        from whit.models.sampling import resampled_windows  # it imports transformers, which takes seconds
 
         if not self.path.exists():
             with progress_bar("writing") as progress:
-                ids = continued_windows(self._original, self._text, self._times, self._seed, progress)
+                ids = resampled_windows(self._original, self._text, self._times, self._seed, progress)
             with whole_file(self.path, ids.nbytes, True) as file:
                 save_file({"tokens": ids.contiguous()}, file.name)
         return load_file(self.path)["tokens"]

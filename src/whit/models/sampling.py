@@ -1,5 +1,6 @@
 """Calibration text that the model writes itself: nothing is needed but the model, in whatever language it speaks.
 
+A text that is given can be made more of: the model draws some of its tokens anew.
 Source: arXiv 2305.17888 (LLM-QAT) trains on text sampled like this; here it also says what arrives at the layers.
 """
 
@@ -18,7 +19,7 @@ from whit.models.model import Model
 from whit.models.skeleton import load_module, quiet
 
 BATCH = 64  # windows sampled side by side
-PROMPT = 32  # tokens of a text that are continued
+SHARE = 0.25  # of the tokens of a text that are drawn anew
 Progress = Callable[[int, int, str], None]
 
 
@@ -36,20 +37,31 @@ def sampled_windows(
     return _written(module, first, length, seed, progress)
 
 
-def continued_windows(
+def resampled_windows(
     model: Model, text: Tensor, times: int, seed: int = 0, progress: Progress | None = None
 ) -> Tensor:
-    """Windows [times * n, length] int64: short pieces of every window of a text, continued by the model.
+    """Windows [times * n, length] int64: a text in which a quarter of the tokens are drawn anew, other ones each time.
 
     text   [n, length] int64
-    times  how often each window is continued, from another place each time
-    Otherwise as `sampled_windows`. They are about what the text is about, and there are as many as one likes.
+    times  how often each window is taken
+    A token is drawn from what the model predicts after the tokens of the text itself, so that one pass of the model
+    does for all of a window's copies. They stay close to the text, unlike what a small model writes on its own.
     """
-    order = torch.Generator().manual_seed(seed)
-    n = min(PROMPT, text.shape[1])
-    at = torch.randint(text.shape[1] - n + 1, (times * len(text), 1), generator=order)
-    prompts = text.repeat(times, 1).gather(1, at + torch.arange(n))
-    return _written(load_module(model, torch.bfloat16), prompts, text.shape[1], seed, progress)
+    tell = progress or (lambda done, total, what: None)
+    module, random = load_module(model, torch.bfloat16), torch.Generator().manual_seed(seed)
+    copies: list[list[Tensor]] = [[] for _ in range(times)]
+    with torch.inference_mode():
+        for done, window in enumerate(text):
+            tell(done, len(text), "text from the model")
+            logits = cast(Any, module)(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+            for copy in copies:
+                anew = torch.rand(len(window) - 1, generator=random) < SHARE
+                drawn = torch.where(anew, _drawn(logits, random)[:, 0], window[1:])
+                copy.append(torch.cat([window[:1], drawn]))
+    tell(len(text), len(text), "text from the model")
+    del module
+    return_memory()
+    return torch.cat([torch.stack(copy) for copy in copies])
 
 
 def _written(module: nn.Module, prompts: Tensor, length: int, seed: int, progress: Progress | None) -> Tensor:
