@@ -66,7 +66,7 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 2,
     block_steps: Annotated[
         int, typer.Option(min=0, help="Steps in every block on its own, before; with a teacher.")
-    ] = 120,
+    ] = 480,
     rate: Annotated[float, typer.Option(min=0, help="How far codes move at first, in steps of the grid.")] = 0.03,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop after about so many minutes.")] = None,
     checkpoints: Annotated[

@@ -64,8 +64,8 @@ class Tuning:
     steps: int = 240
     batch: int = 2
     at_once: int = 1
-    block_steps: int = 120
-    block_batch: int = 4
+    block_steps: int = 480
+    block_batch: int = 2
     rate: float = 0.03
     scale_rate: float = 1e-3
     vector_rate: float = 1e-3
