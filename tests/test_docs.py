@@ -1,0 +1,187 @@
+"""What pages show exists: every command parses, every option, recipe, import, target and file that is named is there.
+
+The commands' own tables are the truth. No command is run.
+"""
+
+import ast
+import re
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from manual.commands import (
+    CONSOLE,
+    ROOT,
+    Shown,
+    blocks,
+    command_lines,
+    is_synopsis,
+    option_names,
+    pages,
+    spans,
+    without_remark,
+    words,
+)
+from whit.cli.app import VERBS, app
+from whit.pipeline.effort import PRESETS
+from whit.pipeline.targets import LAYOUTS
+from whit.recipes.folders import folder_recipe
+from whit.recipes.named import recipe_named
+from whit.rounding.named import check_rounding
+
+PAGES = pages()
+GROUP: Any = typer.main.get_command(app)
+BENCHES = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
+FOREIGN = {"-c", *re.findall(r'add_argument\("(--[\w-]+)"', BENCHES)}  # of other programs that sentences mention
+
+
+def command(verb: str) -> Any:
+    found = GROUP.get_command(GROUP.make_context("whit", [], resilient_parsing=True), verb)
+    assert found is not None, f"there is no `whit {verb}`"
+    return found
+
+
+def options_of(verb: str) -> set[str]:
+    return {name for parameter in command(verb).params for name in (*parameter.opts, *parameter.secondary_opts)} | {
+        "--help"
+    }
+
+
+EVERY_OPTION = {name for verb in VERBS for name in options_of(verb)} | {"--version"}
+
+
+def parsed(line: str) -> tuple[str, dict[str, Any]]:
+    """The verb of a line and its values by the command's own parser; AssertionError with its message otherwise."""
+    verb, *arguments = words(line)
+    unknown = set(option_names(" ".join(a for a in arguments if a.startswith("-")))) - options_of(verb)
+    assert not unknown, f"whit {verb} has no {', '.join(unknown)}"
+    try:
+        return verb, command(verb).make_context(verb, arguments).params
+    except typer.Exit:  # --help
+        return verb, {}
+    except typer.TyperException as error:
+        raise AssertionError(error.format_message()) from None
+
+
+def is_placeholder(value: object) -> bool:
+    return not isinstance(value, str) or value.isupper() or value.endswith(".json")
+
+
+def check_names(values: dict[str, Any]) -> None:
+    """Raises for recipes, presets, roundings and formats that do not exist."""
+    if not is_placeholder(name := values.get("recipe")):
+        assert folder_recipe(name) or recipe_named(name)
+    if not is_placeholder(name := values.get("qat")):
+        assert folder_recipe(name) or recipe_named(name)
+    if not is_placeholder(name := values.get("preset")):
+        assert name in PRESETS
+    if not is_placeholder(name := values.get("rounding")):
+        check_rounding(name)
+    if not is_placeholder(name := values.get("format_")):
+        assert name in {*LAYOUTS, "awq", "gptq_v2", "float"}
+
+
+def shown_commands(program: str) -> list[tuple[str, str]]:
+    return [
+        (block.where, line)
+        for page in PAGES
+        for block in blocks(page)
+        for line in command_lines(block)
+        if line.startswith(program + " ")
+    ]
+
+
+COMMANDS = shown_commands("whit")
+
+
+@pytest.mark.parametrize(("where", "line"), COMMANDS, ids=[f"{where} {line[:40]}" for where, line in COMMANDS])
+def test_every_command_that_is_shown_parses(where: str, line: str) -> None:
+    if is_synopsis(line):
+        verb = line.split()[1]
+        unknown = set(option_names(line)) - options_of(verb)
+        assert not unknown, f"{where}: whit {verb} has no {', '.join(unknown)}"
+        return
+    try:
+        verb, values = parsed(line)
+    except (AssertionError, ValueError):
+        verb, values = parsed(without_remark(line))
+    check_names(values)
+
+
+def test_a_command_with_a_wrong_option_value_or_recipe_does_not_pass() -> None:
+    parsed("whit quantize MODEL --fit 4GB -o small.gguf   # fine")
+    for line in (
+        "whit quantise MODEL -o small.gguf",
+        "whit quantize MODEL --fits 4GB -o small.gguf",
+        "whit quantize MODEL --recipe q4_0",
+        "whit quantize MODEL --bpw four -o small.gguf",
+        "whit inspect A B C",
+        "whit explain --jsno 3",
+    ):
+        with pytest.raises(AssertionError):
+            parsed(line)
+    with pytest.raises(Exception, match="no recipe called"):
+        check_names(parsed("whit quantize MODEL --recipe q4_k_xl -o small.gguf")[1])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_in_a_sentence_exists(page: Path) -> None:
+    for span in spans(page):
+        if span.text.startswith("whit ") and len(span.text.split()) > 1:
+            verb = span.text.split()[1]
+            if re.fullmatch("[a-z]+", verb):
+                assert set(option_names(span.text)) <= options_of(verb), f"{span.where}: `{span.text}`"
+        elif span.text.startswith("-"):
+            unknown = set(option_names(span.text)) - EVERY_OPTION - FOREIGN
+            assert not unknown, f"{span.where}: no command has {', '.join(unknown)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_import_that_is_shown_works(page: Path) -> None:
+    for home, names in imports(block for block in blocks(page) if block.language != CONSOLE):
+        module = import_module(home)
+        missing = [name for name in names if not hasattr(module, name)]
+        assert not missing, f"{page.name}: from {home} import {', '.join(missing)}"
+
+
+def imports(shown: Iterable[Shown]) -> Iterable[tuple[str, list[str]]]:
+    """(module, names) of every import of whit's own, in blocks that need not be Python as a whole."""
+    for block in shown:
+        for line in block.text.splitlines():
+            if match := re.match(r"[+\s]*(from\s+(?:whit|bench)\b.*)$", line):
+                node = ast.parse(re.sub(r"\s+", " ", match[1])).body[0]
+                assert isinstance(node, ast.ImportFrom)
+                yield node.module or "", [alias.name for alias in node.names]
+
+
+def test_every_target_and_bench_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        texts = [line for block in blocks(page) for line in command_lines(block)] + [span.text for span in spans(page)]
+        for text in texts:
+            if match := re.match(r"make ([a-z-]+)", text):
+                assert match[1] in targets, f"{page.name}: make {match[1]}"
+            if match := re.match(r"python -m (bench|manual)\.(\w+)", text):
+                script = (ROOT / match[1] / f"{match[2]}.py").read_text()
+                assert all(f'"{name}"' in script for name in option_names(text[match.end() :])), f"{page.name}: {text}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_page_that_is_named_exists(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    missing += [name for name in re.findall(r"\bdocs/\w+\.md", text) if not (ROOT / name).exists()]
+    assert not missing, f"{page.name} names {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_with_output_hold_what_a_run_printed(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == CONSOLE:
+            assert block.text.startswith("$ "), f"{block.where}: a console block begins with a command"
+            assert len(block.text.splitlines()) > len(command_lines(block)), f"{block.where}: run `make docs-examples`"
