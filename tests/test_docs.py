@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import typer
-
 from manual.commands import (
     CONSOLE,
     ROOT,
@@ -26,6 +25,7 @@ from manual.commands import (
     without_remark,
     words,
 )
+
 from whit.cli.app import VERBS, app
 from whit.pipeline.effort import PRESETS
 from whit.pipeline.targets import LAYOUTS
