@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from manual import recipes
 from manual.commands import (
     CONSOLE,
     ROOT,
@@ -185,3 +186,21 @@ def test_blocks_with_output_hold_what_a_run_printed(page: Path) -> None:
         if block.language == CONSOLE:
             assert block.text.startswith("$ "), f"{block.where}: a console block begins with a command"
             assert len(block.text.splitlines()) > len(command_lines(block)), f"{block.where}: run `make docs-examples`"
+
+
+def test_the_page_of_recipes_is_what_the_tables_say() -> None:
+    assert recipes.PAGE.read_text() == recipes.page(), "run `python -m manual.recipes`"
+
+
+# GiB of Llama 3 8B's files, from llama.cpp's README on perplexity; with a header of 8 MB and two decimals.
+PUBLISHED = {
+    "q8_0": 7.96, "q6_k": 6.14, "q5_k_m": 5.33, "q4_k_m": 4.58, "q4_k_s": 4.37, "iq4_xs": 4.14,
+    "q3_k_m": 3.74, "iq3_s": 3.42, "q3_k_s": 3.41, "q2_k": 2.96, "iq2_m": 2.74, "iq2_xxs": 2.24,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_on_the_page_of_recipes_are_those_of_published_files(name: str) -> None:
+    row = re.search(rf"\| `{name}` \| ([\d.]+) ", recipes.page())
+    assert row is not None
+    assert float(row[1]) * 1e9 / 2**30 == pytest.approx(PUBLISHED[name], abs=0.016)
