@@ -1,14 +1,15 @@
-"""Run the commands of the pages' console blocks and write what they print below them: `python -m manual.examples [PAGE ...]`.
+"""Run the commands of console blocks and write what they print below them: `python -m manual.examples [PAGE ...]`.
 
 Output that is copied by hand is soon that of another version. A page therefore holds blocks such as
 
     ```console
-    $ whit inspect small.gguf | head -5
+    $ whit inspect small.gguf | sed -n 1,5p
     ```
 
-and everything below a `$ ` line is this script's. Pages run in one folder, `start` first, so that others can use the file
-that it writes. All of it takes some minutes; without arguments the folder is emptied before. Commands fail where their
-block says so, "```console fails", and nowhere else: a page is written when all of its commands have done as they should.
+and everything below a `$ ` line is this script's. Pages run in one folder, `start` first, so that others can use the
+file that it writes. All of it takes some minutes; without arguments the folder is emptied before. Commands fail where
+their block says so, "```console fails", and nowhere else: a page is written when all of its commands have done as they
+should.
 """
 
 from __future__ import annotations
@@ -45,22 +46,29 @@ def main(names: list[str]) -> None:
         environment = {**os.environ, "PATH": path, "PYTHONPATH": source, "COLUMNS": str(WIDTH), "TERM": "dumb"}
         for name in names:
             page = ROOT / "docs" / f"{name}.md"
-            page.write_text(_BLOCK.sub(lambda block: _filled(block, environment), page.read_text()))
+            page.write_text(filled(page.read_text(), WORK, environment))
 
 
-def _filled(block: re.Match[str], environment: dict[str, str]) -> str:
-    """The block with its commands run again. Raises SystemExit when one of them fails or succeeds against its word."""
-    may_fail = block[1] or ""
-    commands = [line.removeprefix(PROMPT) for line in block[2].splitlines() if line.startswith(PROMPT)]
-    shown = "".join(f"{PROMPT}{command}\n{_output(command, bool(may_fail), environment)}" for command in commands)
-    return f"```console{may_fail}\n{shown}```"
+def filled(text: str, folder: Path, environment: dict[str, str]) -> str:
+    """A page's text with the commands of its console blocks run again in `folder`, and their output in its place.
+
+    Raises SystemExit, with what was printed, when a command fails, or succeeds in a block that says "fails".
+    """
+
+    def anew(block: re.Match[str]) -> str:
+        word = block[1] or ""
+        commands = [line.removeprefix(PROMPT) for line in block[2].splitlines() if line.startswith(PROMPT)]
+        shown = [f"{PROMPT}{each}\n{_output(each, bool(word), folder, environment)}" for each in commands]
+        return f"```console{word}\n{''.join(shown)}```"
+
+    return _BLOCK.sub(anew, text)
 
 
-def _output(command: str, fails: bool, environment: dict[str, str]) -> str:
+def _output(command: str, fails: bool, folder: Path, environment: dict[str, str]) -> str:
     begin = time.monotonic()
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
-        cwd=WORK,
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -70,7 +78,7 @@ def _output(command: str, fails: bool, environment: dict[str, str]) -> str:
     if bool(done.returncode) != fails:
         raise SystemExit(f"{command}\n{done.stdout}")
     lines = [line.rstrip() for line in done.stdout.splitlines()]
-    return "".join(f"{line}\n" for line in lines).strip("\n") + "\n"
+    return "\n".join(lines).strip("\n") + "\n"
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ NORM_BITS = 32
 FOLDER_NORM_BITS = 16
 TEXT = """# Recipes
 
-A recipe says which grid every tensor gets. This page is made from Whit's own tables by `python -m manual.recipes`, and a
-test fails when it is not what they say. Sizes are those of all tensors of a model of Llama 3.1 8B's shape
+A recipe says which grid every tensor gets. This page is made from Whit's own tables by `python -m manual.recipes`, and
+a test fails when it is not what they say. Sizes are those of all tensors of a model of Llama 3.1 8B's shape
 ({n_weights:,} weights, 16.1 GB in 16 bits); `whit plan MODEL` says the exact bytes for yours, with every exception.
 
 Which one to take: [Which method when](choosing.md).
@@ -37,13 +37,13 @@ Which one to take: [Which method when](choosing.md).
 
 {gguf}
 
-Types of matrices are in the order of how much they hold. Without a text (`--rounding nearest` or `search`) a few tensors
-get other types, as they do in llama.cpp without an importance matrix.
+Types of matrices are in the order of how much they hold. Without a text (`--rounding nearest` or `search`) a few
+tensors get other types, as they do in llama.cpp without an importance matrix.
 
 ## For vLLM, SGLang and transformers
 
-`--recipe` NAME, and `-o` FOLDER. Embedding and head stay in 16 bits; of the patterns behind the names, with other bits and
-groups, [the page on these formats](gpu.md) has the list.
+`--recipe` NAME, and `-o` FOLDER. Embedding and head stay in 16 bits. Other bits and groups have names of the same
+kind: [the page on these formats](gpu.md#recipes) has the patterns.
 
 {folders}
 
@@ -60,9 +60,9 @@ Those without a text take seconds. All of them write any recipe, but for `kl`, w
 
 ## Grids by name
 
-For `--types`, `--keep`, `--set`, `whit-GRID` recipes and live models: {grids}; `int2` to `int8` and `kmeans2` to `kmeans8`, per
-output channel, in groups (`int4-g128`) or per tensor (`int8-tensor`), integers with a zero point (`int4-g128-asym`) or a
-minimum (`int3-g64-min`).
+For `--types`, `--keep`, `--set`, `whit-GRID` recipes and live models: {grids}; `int2` to `int8` and `kmeans2` to
+`kmeans8`, per output channel, in groups (`int4-g128`) or per tensor (`int8-tensor`), integers with a zero point
+(`int4-g128-asym`) or a minimum (`int3-g64-min`).
 """
 
 
@@ -77,11 +77,8 @@ def page() -> str:
         ),
         presets=_table(
             ("preset", "windows of 512 tokens", "text when none is given"),
-            [
-                (f"`{n}`" + (" (when nothing is said)" if n == DEFAULT_PRESET else ""), str(p.windows), f"`{p.text}`")
-                for n, p in PRESETS.items()
-            ],
-        ),  # fmt: skip
+            [_preset_row(name) for name in PRESETS],
+        ),
         roundings=_table(
             ("rounding", "looks at a text"),
             [*((f"`{name}`", "no") for name in ROUNDINGS), *((f"`{name}`", "yes") for name in METHODS)],
@@ -122,6 +119,11 @@ def _folder_row(name: str) -> tuple[str, ...]:
     n_bits, _ = _bits(recipe, FOLDER_NORM_BITS)
     grid = recipe.rules[-1].grid
     return (f"`{name}`", *_sizes(n_bits), recipe.layout, f"`{grid}`", recipe.activations or "as they are")
+
+
+def _preset_row(name: str) -> tuple[str, ...]:
+    preset, mark = PRESETS[name], " (when nothing is said)" if name == DEFAULT_PRESET else ""
+    return (f"`{name}`{mark}", str(preset.windows), f"`{preset.text}`")
 
 
 def _bits(recipe: Recipe, norm_bits: int) -> tuple[float, Counter[str]]:

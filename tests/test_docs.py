@@ -4,6 +4,7 @@ The commands' own tables are the truth. No command is run.
 """
 
 import ast
+import os
 import re
 from collections.abc import Iterable
 from importlib import import_module
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import typer
-from manual import recipes
+from manual import examples, recipes
 from manual.commands import (
     CONSOLE,
     ROOT,
@@ -186,6 +187,20 @@ def test_blocks_with_output_hold_what_a_run_printed(page: Path) -> None:
         if block.language == CONSOLE:
             assert block.text.startswith("$ "), f"{block.where}: a console block begins with a command"
             assert len(block.text.splitlines()) > len(command_lines(block)), f"{block.where}: run `make docs-examples`"
+
+
+def test_a_console_block_gets_what_its_commands_print_and_nothing_else_changes(tmp_path: Path) -> None:
+    page = "Before\n\n```console\n$ echo old > file; cat file\nstale\n$ wc -w < file\n```\n\n    $ echo untouched\n"
+    new = examples.filled(page, tmp_path, dict(os.environ))
+    assert new == page.replace("stale\n", "old\n").replace("file\n```", "file\n1\n```")
+
+
+def test_commands_that_fail_or_succeed_against_their_word_stop_the_examples(tmp_path: Path) -> None:
+    fails = "```console fails\n$ echo no; false\n```\n"
+    assert examples.filled(fails, tmp_path, dict(os.environ)) == fails.replace("false\n", "false\nno\n")
+    for page in (fails.replace("; false", ""), fails.replace(" fails", ""), "```console\n$ false | cat\n```\n"):
+        with pytest.raises(SystemExit):
+            examples.filled(page, tmp_path, dict(os.environ))
 
 
 def test_the_page_of_recipes_is_what_the_tables_say() -> None:
