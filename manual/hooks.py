@@ -11,8 +11,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 BORROWED = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 # A page's name in a sentence, where no link and no code surrounds it.
-_MENTION = re.compile(r"(?<![\[(/\w`])docs/(\w+)\.md(?![\])`])")
-_CODE = re.compile(r"^(?: {4}.*|```.*?^```)$", flags=re.MULTILINE | re.DOTALL)
+_MENTION = re.compile(r"(?<!\]\()(?<![\[/\w`])docs/(\w+)\.md(?![\]`])")
+_CODE = re.compile(r"^(?: {4}[^\n]*|```.*?^```)$", flags=re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
