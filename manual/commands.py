@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 CONSOLE = "console"
 PROMPT = "$ "
 _OPTION = re.compile(r"(?<![\w-])(?:--[a-z][\w-]*|-[a-z](?![\w-]))")
-_SYNOPSIS = re.compile(r"[\[\]|]|\.\.\.")  # optional parts, alternatives: `whit eval FILE [--json]`
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_SYNOPSIS = re.compile(r"[\[\]]|\S\|\S|\.\.\.")  # optional parts, alternatives: `whit eval FILE [--json]`
 _REMARK = re.compile(r"\s{2,}[^-\s'\"].*$")  # a remark beside a command without a `#`, two spaces or more away
 
 
@@ -77,7 +78,7 @@ def words(line: str) -> list[str]:
 
 def is_synopsis(line: str) -> bool:
     """Whether a line says what may be typed rather than what to type."""
-    return bool(_SYNOPSIS.search(line.partition(" #")[0]))
+    return bool(_SYNOPSIS.search(_QUOTED.sub("", line.partition(" #")[0])))
 
 
 def without_remark(line: str) -> str:

@@ -116,6 +116,9 @@ def test_every_command_that_is_shown_parses(where: str, line: str) -> None:
 
 def test_a_command_with_a_wrong_option_value_or_recipe_does_not_pass() -> None:
     parsed("whit quantize MODEL --fit 4GB -o small.gguf   # fine")
+    parsed("whit inspect small.gguf | sed -n 1,5p > list")
+    assert is_synopsis("whit eval A --against B [--json]")
+    assert not is_synopsis("whit plan M --keep '*.[qk]_proj=f16' | head")
     for line in (
         "whit quantise MODEL -o small.gguf",
         "whit quantize MODEL --fits 4GB -o small.gguf",
