@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TESTS ?= tests
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench docs docs-examples clean
 
 install: $(STAMP)
 
@@ -34,6 +34,16 @@ check: install
 bench: install
 	$(PIP) install -c constraints.txt -e '.[run,dev,plots]'
 	$(BIN)/python -m bench
+
+# The manual as a site in build/site; open build/site/index.html.
+docs: install
+	$(PIP) install -c constraints.txt -e '.[run,dev,docs]'
+	$(BIN)/python -m manual.recipes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# Runs every command that the manual shows with its output, and writes the output into docs/; about ten minutes.
+docs-examples: install
+	$(BIN)/python -m manual.examples
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
