@@ -76,6 +76,7 @@ def polished_by_fisher(
 
 FLOORED, BY_FISHER, FISHER_FLOORED = "feedback", "fisher", "fisher-feedback"
 FISHER = (BY_FISHER, FISHER_FLOORED)
+FLOORS = (FLOORED, FISHER_FLOORED)  # others are what their names say, of the weights as they are
 METHODS: dict[str, Method] = {
     "weighted": weighted,
     "gptq": gptq,
@@ -93,6 +94,7 @@ def rounded(
     F  [rows, cols] float32, the Fisher information of every weight, where a method asks for it
     Raises ValueError when cols does not fit the grid, OverflowError when a scale leaves its dtype.
     """
+    F = F if F is not None and F.any() else None  # all zeros: no token reached an expert
     plain = scored(W, nearest(W, grid), c.H)
     found = scored(W, METHODS[name](W, grid, c, effort, F), c.H)
-    return (better_rows(found, plain) if name in (FLOORED, FISHER_FLOORED) else found), plain
+    return (better_rows(found, plain) if name in FLOORS else found), plain
