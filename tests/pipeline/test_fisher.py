@@ -93,7 +93,7 @@ def test_batches_add_up_to_a_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("rounding", ["fisher", "fisher-feedback"])
-@pytest.mark.parametrize("grid", ["kmeans3", "kmeans2-g32", "kmeans3-tensor", "int3-asym"])
+@pytest.mark.parametrize("grid", ["kmeans3", "kmeans2-g32", "kmeans3-tensor", "kmeans3+1%", "int3-asym"])
 def test_folders_are_rounded_with_it(grid: str, rounding: str, tmp_path: Path) -> None:
     model = tiny("llama", tmp_path / "model")
     recipe = folder_recipe(f"whit-{grid}", rounding)

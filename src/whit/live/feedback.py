@@ -21,12 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from whit.calibration.moments import Moments, pooled
-from whit.grids.codebook import Codebook
-from whit.grids.grid import Adaptive, Grid
-from whit.grids.lattice import Lattice
+from whit.grids.grid import Adaptive
 from whit.grids.quantized import QuantizedTensor
-from whit.grids.scaled import Scaled
-from whit.grids.superblock import Superblock
 from whit.live.chain import chain_of, states_of
 from whit.live.experts import QExpert
 from whit.live.fisher import fisher
@@ -37,6 +33,7 @@ from whit.live.twin import Twin
 from whit.parallel import spread
 from whit.products import coarse_products
 from whit.rounding.curvature import Curvature, curvature
+from whit.rounding.feedback import adapts
 from whit.rounding.methods import FISHER, FLOORED, FLOORS, Effort, rounded
 from whit.rounding.nearest import search
 from whit.transforms.awq import column_factors, sampled
@@ -121,7 +118,7 @@ def _round(
         names = [name for name, each in own.items() if any(each is one for one in pair.consumers)]
         if len(names) != len(pair.consumers) or not all(name in moments for name in names):
             continue  # not all of them are to be rounded
-        if not all(_adaptive(own[name].grid) for name in names):
+        if not all(adapts(own[name].grid) for name in names):
             continue
         samples = sampled((own[name].matrix.detach().float(), cast(Adaptive, own[name].grid)) for name in names)
         c = curve(names[0])
@@ -195,7 +192,7 @@ class _Piece:
 
 def _one(piece: _Piece) -> dict[str, Tensor]:
     grid = piece.twin.grid
-    if piece.c is None or not _adaptive(grid):
+    if piece.c is None or not adapts(grid):  # others are searched with the weight of every column
         importance = None if piece.c is None else piece.c.H.diagonal()
         found = search(piece.W, grid, importance)
     else:
@@ -210,11 +207,6 @@ def _parts(twin: Twin, F: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None
     W = twin.matrix.detach().float()
     size = ROWS if twin.grid.row_independent else len(W)
     return zip(W.split(size), repeat(None) if F is None else F.split(size), strict=False)
-
-
-def _adaptive(grid: Grid) -> bool:
-    """Whether error feedback works on it; others are searched with the weight of every column."""
-    return isinstance(grid, Scaled | Superblock | Lattice | Codebook)
 
 
 class _Seen:

@@ -20,9 +20,11 @@ from torch import Tensor
 from whit.grids.codebook import Codebook
 from whit.grids.grid import Adaptive
 from whit.grids.quantized import QuantizedTensor
+from whit.grids.sparse import Sparse
 from whit.rounding.curvature import Curvature
 from whit.rounding.feedback import feedback
 from whit.rounding.nearest import nearest, search
+from whit.rounding.outliers import sparse_feedback
 from whit.rounding.polish import Scored, better_rows, polish, scored
 from whit.rounding.tables import table_feedback
 
@@ -69,9 +71,11 @@ def polished_by_fisher(
     W: Tensor, grid: Adaptive, c: Curvature, effort: Effort, F: Tensor | None = None
 ) -> QuantizedTensor:
     """As `polished`; a codebook's first levels know the Fisher information."""
-    if not isinstance(grid, Codebook):
-        return polished(W, grid, c, effort)
-    return polish(W, table_feedback(W, grid, c, F), grid, c, effort.sweeps)
+    if isinstance(grid, Codebook):
+        return polish(W, table_feedback(W, grid, c, F), grid, c, effort.sweeps)
+    if isinstance(grid, Sparse):
+        return polish(W, sparse_feedback(W, grid, c, F), grid, c, effort.sweeps)
+    return polished(W, grid, c, effort)
 
 
 FLOORED, BY_FISHER, FISHER_FLOORED = "feedback", "fisher", "fisher-feedback"
