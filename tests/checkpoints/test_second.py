@@ -22,7 +22,7 @@ FOLDERS = (
     *("gptq-2bit-g32", "gptq-3bit-g32", "gptq-4bit-g32-asym", "gptq-8bit", "awq-4bit-g32", "w3a16-g32"),
     *("w4a16-g32-asym", "w6a16-channel", "w8a8", "fp8", "mxfp4", "nvfp4", "nf4", "fp4", "whit-int3-g32", "whit-q4_k"),
     *("whit-int4-g32-min", "whit-int8-tensor", "whit-fp8-e5m2", "whit-iq4_xs", "whit-int4-g32-asym", "whit-kmeans3"),
-    "whit-kmeans2-g64",
+    "whit-kmeans2-g64", "kmeans-3bit+2%",
 )  # fmt: skip
 
 

@@ -82,11 +82,11 @@ def test_an_importance_matrix_is_written_and_used(
     [
         (["--preset", "heroic"], "no preset called 'heroic'. Known presets: fast, balanced, best"),
         (["--rounding", "magic"], "no rounding called 'magic'"),
-        (["--set", "blk.9.attn_q=q8_0"], "blk.9.attn_q.weight matches no tensor"),
+        (["--set", "blk.9.attn_q=q8_0"], "blk.9.attn_q matches no matrix"),
         (["--calib", "missing.txt"], "missing.txt: cannot be read"),
         (["--calib", "some/dataset"], "For a data set on the hub write hf:some/dataset"),
         (["--imatrix", "missing.gguf"], "missing.gguf: no such file"),
-        (["--set", "blk.0.attn_q=int4"], "GGUF has no type for the grid int4"),
+        (["--keep", "blk.0.attn_q=int4"], "GGUF has no type int4"),
     ],
 )
 def test_bad_choices_are_explained(

@@ -19,7 +19,7 @@ from whit.recipes.named import recipe_named
 
 TOKENS = torch.tensor([random_tokens(24)])
 MODELS = ("llama", "llama-tied-biased", "gpt2", "mixtral", "gemma3_text", "phi3", "gpt_neox")
-TABLES = ("kmeans-4bit", "kmeans-3bit-g32", "kmeans-2bit-tensor", "whit-int8-tensor")
+TABLES = ("kmeans-4bit", "kmeans-3bit-g32", "kmeans-2bit-tensor", "kmeans-3bit+1%", "whit-int8-tensor")
 FOLDERS = (
     "gptq-4bit-g32",
     "gptq-3bit-g32-asym",

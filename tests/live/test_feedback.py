@@ -133,7 +133,7 @@ def test_tied_layers_share_what_was_chosen(name: str) -> None:
     assert head.frozen is embedding.frozen
 
 
-@pytest.mark.parametrize("weights", ["kmeans4", "kmeans3", "kmeans2", "kmeans2-g32", "kmeans3-tensor"])
+@pytest.mark.parametrize("weights", ["kmeans4", "kmeans3", "kmeans2", "kmeans2-g32", "kmeans3-tensor", "kmeans2+2%"])
 def test_tables_are_rounded_with_feedback(weights: str) -> None:
     x = correlated() * torch.logspace(-1, 1, 64)
     H = (x[0].T @ x[0]).double()

@@ -76,7 +76,7 @@ def test_a_loaded_model_computes_the_same_to_the_last_bit(name: str, activations
     assert not any(each.is_meta for each in [*other.parameters(), *other.buffers()])
 
 
-@pytest.mark.parametrize("weights", [*TYPES, "kmeans3-g32", "kmeans4-tensor"])
+@pytest.mark.parametrize("weights", [*TYPES, "kmeans3-g32", "kmeans4-tensor", "kmeans3+1%"])
 def test_every_type_comes_back(weights: str, tmp_path: Path) -> None:
     model = frozen("llama", weights)
     save(model, tmp_path / "out")

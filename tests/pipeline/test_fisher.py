@@ -9,11 +9,11 @@ import torch
 
 from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
+from whit.calibration import labels
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.open import open_model
 from whit.models.skeleton import load_module
-from whit.pipeline import fisher as module
 from whit.pipeline.effort import Calibration
 from whit.pipeline.fisher import fisher
 from whit.pipeline.folder import FolderJob
@@ -39,12 +39,12 @@ def test_it_is_the_mean_square_of_what_autograd_finds(
     names = [
         tensor.name for tensor in model_view(model).tensors if tensor.name.startswith("blk.0") and not tensor.keep_float
     ]
-    labels: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
     drawn = torch.multinomial
 
     def remembered(p: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-        labels.append(drawn(p, n, generator=generator))
-        return labels[-1]
+        seen.append(drawn(p, n, generator=generator))
+        return seen[-1]
 
     monkeypatch.setattr(torch, "multinomial", remembered)
     found = fisher(model, names, WINDOWS)
@@ -53,7 +53,7 @@ def test_it_is_the_mean_square_of_what_autograd_finds(
     for value in parameters.values():
         value.requires_grad_()
     squares = {key: torch.zeros_like(value) for key, value in parameters.items()}
-    for window, label in zip(WINDOWS, labels, strict=True):
+    for window, label in zip(WINDOWS, seen, strict=True):
         body.zero_grad()
         log_p = body(window[None]).logits[0].log_softmax(-1)
         log_p.gather(1, label).sum().backward()
@@ -86,14 +86,14 @@ def test_only_what_is_asked_for_is_kept_and_seeds_matter(tmp_path: Path) -> None
 
 def test_batches_add_up_to_a_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, name = tiny("llama", tmp_path), "blk.0.attn_v.weight"
-    monkeypatch.setattr(module, "BATCH", 1)
+    monkeypatch.setattr(labels, "BATCH", 1)
     apart = [fisher(model, [name], WINDOWS[n : n + 1], n)[name].float() for n in range(3)]
     together = fisher(model, [name], WINDOWS)[name].float()
     assert torch.allclose(together, sum(apart) / 3, rtol=0.03)
 
 
 @pytest.mark.parametrize("rounding", ["fisher", "fisher-feedback"])
-@pytest.mark.parametrize("grid", ["kmeans3", "kmeans2-g32", "kmeans3-tensor", "int3-asym"])
+@pytest.mark.parametrize("grid", ["kmeans3", "kmeans2-g32", "kmeans3-tensor", "kmeans3+1%", "int3-asym"])
 def test_folders_are_rounded_with_it(grid: str, rounding: str, tmp_path: Path) -> None:
     model = tiny("llama", tmp_path / "model")
     recipe = folder_recipe(f"whit-{grid}", rounding)

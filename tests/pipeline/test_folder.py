@@ -1,6 +1,7 @@
 """Folders for GPUs, read back by Whit, and by transformers with compressed-tensors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from whit.models.open import open_model
 from whit.models.skeleton import load_module
 from whit.pipeline.effort import PRESETS, Calibration
 from whit.pipeline.folder import FolderJob
+from whit.pipeline.keep import keeping
 from whit.recipes.folders import folder_recipe
-from whit.recipes.recipe import Recipe
+from whit.recipes.recipe import Recipe, Rule
 from whit.rounding.nearest import nearest
 
 TOKENS = torch.tensor([random_tokens(24)])
@@ -89,9 +91,10 @@ def test_transformers_computes_the_same_logits(name: str, kind: str, tmp_path: P
 
 
 def test_mixed_grids_are_groups_that_transformers_reads(llama: Path, tmp_path: Path) -> None:
-    mixed = folder_recipe("w4a16-g32", "nearest", ["blk.*.ffn_down=int8", "blk.0.attn_q=f16"])
+    mixed = folder_recipe("w4a16-g32")
     assert mixed is not None
-    FolderJob(open_model(llama), mixed).write(tmp_path / "out")
+    rules = (Rule("blk.0.attn_q.weight", "f16"), Rule("blk.*.ffn_down.weight", "int8"))
+    FolderJob(open_model(llama), replace(mixed, rules=(*rules, *mixed.rules))).write(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert len(config["config_groups"]) == 2
     assert config["ignore"] == ["lm_head", "model.layers.0.self_attn.q_proj"]
@@ -106,8 +109,7 @@ def test_mixed_grids_are_groups_that_transformers_reads(llama: Path, tmp_path: P
 def test_all_layers_of_a_gptq_folder_have_zero_points_of_its_one_version(
     llama: Path, tmp_path: Path, name: str, other: str
 ) -> None:
-    mixed = folder_recipe(name, "nearest", [f"blk.*.ffn_down={other}"])
-    assert mixed is not None
+    mixed, _ = keeping(open_model(llama), recipe(name), [f"blk.*.ffn_down={other}"], "nearest")
     FolderJob(open_model(llama), mixed).write(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["checkpoint_format"] == "gptq_v2"

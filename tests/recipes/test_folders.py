@@ -46,12 +46,6 @@ def test_grids_that_do_not_exist_are_refused() -> None:
         folder_recipe("whit-q9")
 
 
-def test_overrides_come_first() -> None:
-    found = folder_recipe("w4a16", "feedback", ["blk.*.ffn_down=int8"])
-    assert found.rule_for(["blk.3.ffn_down.weight"]).grid == "int8"
-    assert found.rule_for(["blk.3.ffn_up.weight"]).grid == "int4-g128"
-
-
 @pytest.mark.parametrize(("name", "grid"), [("nf4", "nf4-g64"), ("FP4", "fp4-g64"), ("whit-nf4", "nf4")])
 def test_four_bit_floats_without_a_public_layout_go_to_whits_own(name: str, grid: str) -> None:
     found = folder_recipe(name)

@@ -12,7 +12,7 @@ from whit.models.skeleton import load_module
 from whit.tune import halves as module_of_halves
 from whit.tune import losses as module
 from whit.tune.halves import Halves
-from whit.tune.losses import backward, losses
+from whit.tune.losses import backward, divergence, losses
 
 IDS = torch.tensor([random_tokens(20, seed) for seed in range(3)])
 
@@ -56,6 +56,20 @@ def test_they_are_torchs_own(
     for name, parameter, gradient in zip(names, student.parameters(), expected, strict=True):
         assert parameter.grad is not None, name
         assert torch.allclose(parameter.grad, 0.5 * gradient, rtol=1e-2, atol=1e-5 * gradient.abs().max() + 1e-7), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergence_of_whole_logits_is_torchs_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE", 7)
+    generator = torch.Generator().manual_seed(0)
+    logits, wanted = ((3 * torch.randn(20, 50, generator=generator)).to(dtype).requires_grad_() for _ in range(2))
+    found = divergence(logits, wanted)
+    (gradient,) = torch.autograd.grad(2 * found, logits)
+    log_q, log_p = logits.float().log_softmax(-1), wanted.detach().float().log_softmax(-1)
+    expected = functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    (right,) = torch.autograd.grad(2 * expected, logits)
+    assert torch.allclose(gradient, right, rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
 
 
 def test_a_model_without_halves_is_called_whole() -> None:

@@ -226,7 +226,7 @@ class _Plain(ConfigGroups):
 class _Native:
     def __init__(self, grids: Mapping[str, str], mark: str) -> None:
         self._grids = grids
-        params = ("scale", "zero", "minimum", "g_idx", "levels")
+        params = ("scale", "zero", "minimum", "g_idx", "levels", "columns", "values")
         rest = (native.SHAPE, *(native.PREFIX + each for each in params)) if mark == native.CODES else ()
         self.suffixes = (mark, *rest)
 

@@ -26,6 +26,7 @@ from whit.grids.indexed import Indexed
 from whit.grids.levels import Integers, Table
 from whit.grids.named import grid_named
 from whit.grids.scaled import Scaled
+from whit.grids.sparse import Sparse
 from whit.layouts.ggml import ggml_type_of
 
 Parts = Mapping[str, Tensor]
@@ -159,11 +160,16 @@ class SecondFolder:
             values = gguf.quants.dequantize(parts["weight_ggml"].numpy(), gguf.GGMLQuantizationType[kind.name])
             return torch.from_numpy(np.array(values, dtype=np.float32))
         rows, cols = (int(n) for n in parts["weight_shape"])
-        if isinstance(grid, Codebook):
-            codes, levels = _codes(parts["weight_codes"], grid.bits, cols).long(), parts["weight_levels"].float()
-            tables = levels.reshape(levels.shape[0], -1, 2**grid.bits)  # [rows or 1, groups, levels]
+        table = grid.base if isinstance(grid, Sparse) else grid
+        if isinstance(table, Codebook):
+            codes, levels = _codes(parts["weight_codes"], table.bits, cols).long(), parts["weight_levels"].float()
+            tables = levels.reshape(levels.shape[0], -1, 2**table.bits)  # [rows or 1, groups, levels]
             tables = tables.expand(rows, -1, -1).repeat_interleave(cols // tables.shape[1], dim=1)
-            return tables.gather(2, codes[..., None])[..., 0]
+            found = tables.gather(2, codes[..., None])[..., 0]
+            if isinstance(grid, Sparse):
+                every = torch.arange(rows)[:, None].expand_as(parts["weight_columns"])
+                found[every, parts["weight_columns"].long()] += parts["weight_values"].float()
+            return found
         base = grid.base if isinstance(grid, Indexed) else grid
         if not isinstance(base, Scaled):
             return None

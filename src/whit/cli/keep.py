@@ -13,7 +13,7 @@ from whit.cli.budget import check_table, read_table, sweep
 from whit.errors import RecipeError
 from whit.models.model import Model
 from whit.pipeline.allocate import Allocator
-from whit.pipeline.keep import family, grid_for, kept, matrix_names, with_kept
+from whit.pipeline.keep import family, grid_for
 from whit.pipeline.plan import Plan
 from whit.pipeline.salient import Raised, Salient
 from whit.recipes.recipe import Recipe
@@ -54,14 +54,6 @@ def check_types(allocator: Allocator, types: Sequence[str] | None) -> None:
     for kind in types or ():
         if kind not in used:
             raise RecipeError(f"--types: no matrix of {allocator.model.label} can be on {kind} in this format.")
-
-
-def keeping(model: Model, recipe: Recipe, settings: Sequence[str], rounding: str) -> tuple[Recipe, dict[str, str]]:
-    """The recipe with `--keep` in front, and GGUF tensor -> grid of what it is about. Raises what `kept` raises."""
-    if not settings:
-        return recipe, {}
-    chosen = kept(model, settings, recipe.layout, recipe.activations)
-    return with_kept(recipe, chosen, matrix_names(model), rounding), chosen
 
 
 def raising(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from whit.cli.keep import (
     TYPES_HELP,
     check_rules,
     check_types,
-    keeping,
     kept_lines,
     raising,
     types_of,
@@ -40,7 +39,7 @@ from whit.pipeline.afterwards import Intended, look
 from whit.pipeline.allocate import Allocator
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.folder import plan_model, write_model
-from whit.pipeline.keep import check_kept, family
+from whit.pipeline.keep import check_kept, family, keeping
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
 from whit.pipeline.quantize import Result
 from whit.pipeline.salient import Salient, parse_share
@@ -107,11 +106,8 @@ def command(
         int, typer.Option(min=0, help="Then let scales and norms follow the original for so many steps, such as 100.")
     ] = 0,
     minutes: Annotated[float | None, typer.Option(min=0, help="End --distil after about so many minutes.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="'pattern=grid' for some tensors, such as 'blk.*.ffn_down=q6_k'; may be repeated."),
-    ] = None,
     keep: Annotated[list[str] | None, typer.Option("--keep", help=KEEP_HELP)] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="The old name of --keep.", hidden=True)] = None,
     salient: Annotated[str | None, typer.Option(help=SALIENT_HELP)] = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every tensor that it fits, the head too.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
@@ -125,14 +121,15 @@ def command(
     check_rounding(rounding)
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
-    _check_request(recipe, fit, bpw, max_kl, context, repair, pure, settings, format_, distil, minutes)
+    _check_request(recipe, fit, bpw, max_kl, context, repair, pure, format_, distil, minutes)
     check_rules(recipe is not None, salient, types, table)
+    wanted = [*(set_ or ()), *(keep or ())]  # one option under two names
     opened = open_model(model)
     chosen: Recipe | None = None
     plan: Plan | None = None
     if recipe is not None:
-        chosen = _recipe(recipe, rounding, pure, settings or ())
-        chosen, held = keeping(opened, chosen, keep or (), rounding)
+        chosen = _recipe(recipe, rounding, pure)
+        chosen, held = keeping(opened, chosen, wanted, rounding)
         plan, n_bytes = plan_model(opened, chosen)
         check_kept(plan, held)
         better = Salient(opened, chosen, held, rounding, parse_share(salient)) if salient else None
@@ -140,7 +137,7 @@ def command(
     else:
         layout = format_
         chosen_from = types_of(types, layout)
-        allocator = Allocator(opened, rounding, chosen_from, layout, keep or ())
+        allocator = Allocator(opened, rounding, chosen_from, layout, wanted)
         check_types(allocator, chosen_from)
         held, better = allocator.kept, None
         n_bytes = allocator.most if max_kl is not None else file_bytes(opened, allocator, fit, bpw, context)
@@ -269,7 +266,6 @@ def _check_request(
     context: int | None,
     repair: int,
     pure: bool,
-    settings: list[str] | None,
     layout: str,
     distil: int,
     minutes: float | None,
@@ -288,15 +284,15 @@ def _check_request(
         raise RecipeError(f"--format {layout} is not one of {', '.join(LAYOUTS)}.")
     if recipe is not None and layout != GGUF:
         raise RecipeError("A recipe's name says its format; --format is for --fit, --bpw and --max-kl.")
-    if recipe is None and (pure or settings):
-        raise RecipeError("--pure and --set change a recipe; save one with --save-recipe and edit it instead.")
+    if recipe is None and pure:
+        raise RecipeError("--pure changes a recipe; save one with --save-recipe and edit it instead.")
 
 
-def _recipe(name: str, rounding: str, pure: bool, settings: Sequence[str]) -> Recipe:
+def _recipe(name: str, rounding: str, pure: bool) -> Recipe:
     if not name.endswith(".json"):
-        return folder_recipe(name, rounding, settings) or recipe_named(name, rounding, pure, settings)
-    if pure or settings:
-        raise RecipeError(f"--pure and --set change named recipes; edit {name} instead.")
+        return folder_recipe(name, rounding) or recipe_named(name, rounding, pure)
+    if pure:
+        raise RecipeError(f"--pure changes named recipes; edit {name} instead.")
     return read_recipe(Path(name))
 
 

@@ -15,6 +15,7 @@ from whit.grids.indexed import INDEX, Indexed
 from whit.grids.lattice import Lattice
 from whit.grids.levels import Integers, Table
 from whit.grids.scaled import Offset, PerChannel, PerGroup, PerTensor, Scaled, Scheme, integer_grid
+from whit.grids.sparse import Sparse
 from whit.grids.superblock import Superblock
 
 # Sixteen levels that are denser near zero. Source: the IQ4_NL block format of GGML.
@@ -95,10 +96,12 @@ DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 def grid_named(name: str) -> Grid:
     """The grid called `name`, as in GRIDS; `:bf16` or `:f32` after it is the dtype of its scales, `:g_idx` an index of
-    groups, `@0.01` what a stored scale of 1 stands for.
+    groups, `@0.01` what a stored scale of 1 stands for, `+0.5%` after tables of levels how many weights lie beside.
 
     Raises RecipeError that lists the names there are.
     """
+    if "+" in name:
+        return _with_outliers(name)
     plain, _, dtype = name.partition(":")
     plain, _, unit = plain.partition("@")
     plain = f"kmeans{plain.removeprefix('codebook')}" if plain.startswith("codebook") else plain  # their first name
@@ -110,6 +113,17 @@ def grid_named(name: str) -> Grid:
     if grid is None or (dtype and not (dtype in DTYPES and isinstance(grid, Scaled))):
         raise RecipeError(f"There is no grid called {name!r}. Known grids: {', '.join(GRIDS)}.")
     return replace(grid, scale_dtype=DTYPES[dtype]) if dtype and isinstance(grid, Scaled) else grid
+
+
+def _with_outliers(name: str) -> Sparse:
+    plain, _, share = name.partition("+")
+    base = grid_named(plain)
+    try:
+        if not isinstance(base, Codebook) or not share.endswith("%"):
+            raise ValueError("outliers are a share in percent beside k-means")
+        return Sparse(base, float(share[:-1]) / 100)
+    except ValueError as error:
+        raise RecipeError(f"{name!r} is no grid: {error}. One that is: kmeans4+0.5%.") from None
 
 
 _TABLES = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS, "fp8": FP8_LEVELS, "fp8-e5m2": E5M2_LEVELS}
@@ -165,6 +179,8 @@ def grid_name(grid: Grid) -> str:
             return name
     if isinstance(grid, Codebook):
         return f"kmeans{grid.bits}{_suffix(grid.scheme)}"
+    if isinstance(grid, Sparse):
+        return f"{grid_name(grid.base)}+{round(100 * grid.share, 9):g}%"
     if isinstance(grid, Indexed):
         return f"{grid_name(grid.base)}:{INDEX}"
     if isinstance(grid, Scaled):

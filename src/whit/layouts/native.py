@@ -19,11 +19,12 @@ from whit.grids.grid import Grid, Spec
 from whit.grids.indexed import Indexed
 from whit.grids.quantized import QuantizedTensor
 from whit.grids.scaled import Scaled
+from whit.grids.sparse import COLUMNS, Sparse
 from whit.layouts.ggml import GGMLType, ggml_type_of
 from whit.layouts.words import n_words, pack_words, unpack_words
 
 CODES, SHAPE, BLOCKS, PREFIX = "weight_codes", "weight_shape", "weight_ggml", "weight_"
-CODED = (Scaled, Indexed, Codebook)  # grids whose codes are packed as they are
+CODED = (Scaled, Indexed, Codebook, Sparse)  # grids whose codes are packed as they are
 
 
 class Native:
@@ -64,6 +65,8 @@ class Native:
         if isinstance(grid, CODED):
             rows, cols = (int(n) for n in parts[SHAPE])
             params = {key.removeprefix(PREFIX): value for key, value in parts.items() if key not in (CODES, SHAPE)}
+            if isinstance(grid, Sparse) and not ((params[COLUMNS] >= 0) & (params[COLUMNS] < cols)).all():
+                raise ValueError(f"outliers at columns that a row of {cols} weights does not have")
             return QuantizedTensor(grid, (rows, cols), unpack_words(parts[CODES], _bits(grid), cols), params)
         raw = parts[BLOCKS]
         return _blocks(grid).unpack(raw.reshape(-1), (raw.shape[0], self.cols(grid, raw.shape[1])))
@@ -73,9 +76,11 @@ class Native:
         return n_bytes // _blocks(grid).block_bytes * _blocks(grid).block
 
 
-def _bits(grid: Scaled | Indexed | Codebook) -> int:
+def _bits(grid: Scaled | Indexed | Codebook | Sparse) -> int:
     if isinstance(grid, Codebook):
         return grid.bits
+    if isinstance(grid, Sparse):
+        return grid.base.bits
     return (grid.base if isinstance(grid, Indexed) else grid).levels.bits
 
 

@@ -1,32 +1,31 @@
-"""Error feedback on a live model: matrices rounded for what really arrives at them.
+"""Roundings that look at text on a live model: error feedback above all, for what really arrives at the matrices.
 
 The blocks of the model (its one long list of modules) are taken in order: what arrives at a block's matrices is seen
 with all earlier blocks rounded, then they are rounded together, as in the pipeline for files, by the same methods.
 What is outside of the blocks comes last. Before that, norms hand factors to the columns after them where that makes
-the rounding better (docs/rounding.md, "rescaled columns").
+the rounding better (docs/rounding.md, "rescaled columns"). Roundings that ask how much each weight matters to the
+predictions are told so for what is in the blocks, as files are (docs/quantizers.md).
 
 A model without such a list is seen once, in float, and rounded as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from whit.calibration.moments import Moments, pooled
-from whit.grids.codebook import Codebook
-from whit.grids.grid import Adaptive, Grid
-from whit.grids.lattice import Lattice
+from whit.grids.grid import Adaptive
 from whit.grids.quantized import QuantizedTensor
-from whit.grids.scaled import Scaled
-from whit.grids.superblock import Superblock
 from whit.live.chain import chain_of, states_of
 from whit.live.experts import QExpert
+from whit.live.fisher import fisher
 from whit.live.fold import Pair, fold, pairs_of
 from whit.live.modules import QEmbedding
 from whit.live.run import Call, hooked, unrounded
@@ -34,7 +33,8 @@ from whit.live.twin import Twin
 from whit.parallel import spread
 from whit.products import coarse_products
 from whit.rounding.curvature import Curvature, curvature
-from whit.rounding.methods import FLOORED, Effort, rounded
+from whit.rounding.feedback import adapts
+from whit.rounding.methods import FISHER, FLOORED, FLOORS, Effort, rounded
 from whit.rounding.nearest import search
 from whit.transforms.awq import column_factors, sampled
 
@@ -43,27 +43,39 @@ ROWS = 1024  # rounded at a time, by one core
 
 
 def feedback(
-    model: nn.Module, twins: Mapping[str, Twin], calls: Sequence[Call], effort: Effort, progress: Progress | None = None
+    model: nn.Module,
+    twins: Mapping[str, Twin],
+    calls: Sequence[Call],
+    effort: Effort,
+    progress: Progress | None = None,
+    method: str = FLOORED,
 ) -> None:
     """Round the given unfrozen twins of `model` and fix their codes.
 
-    twins  by name
-    calls  the calibration text
+    twins   by name
+    calls   the calibration text
+    method  one of rounding/methods.py
     """
     tell = progress or (lambda done, total, what: None)
-    pairs = pairs_of(model, calls[0]) if effort.rescale else []
+    pairs = pairs_of(model, calls[0]) if effort.rescale and method in FLOORS else []
     chain = chain_of(model, calls[0])
     blocks = [] if chain is None else list(chain)
     inside = [{name: each for name, each in twins.items() if _within(block, each)} for block in blocks]
     rest = {name: each for name, each in twins.items() if not any(name in one for one in inside)}
     total = len(blocks) + 1
+    known: dict[str, Tensor] = {}
+    if method in FISHER:
+        asking = {name: each for one in inside for name, each in one.items()} if blocks else rest
+        asking = {name: each for name, each in asking.items() if not isinstance(each, QEmbedding)}
+        known = fisher(model, asking, calls, tell)
     with unrounded(model):
         if blocks:
             assert chain is not None
             states = states_of(model, chain, calls)
             for k, (block, own) in enumerate(zip(blocks, inside, strict=True)):
                 tell(k, total, f"block {k}")
-                _round(own, [pair for pair in pairs if _within(block, pair.norm)], partial(states.run, block), effort)
+                there = [pair for pair in pairs if _within(block, pair.norm)]
+                _round(own, there, partial(states.run, block), effort, method, known)
                 states.advance(block)
             states.calls.clear()
         tell(total - 1, total, "head")
@@ -73,18 +85,27 @@ def feedback(
                 call(model)
 
         outside = [pair for pair in pairs if not any(_within(block, pair.norm) for block in blocks)]
-        _round(rest, outside, everything, effort)
+        _round(rest, outside, everything, effort, method, known)
     tell(total, total, "done")
 
 
-def _round(own: Mapping[str, Twin], pairs: Sequence[Pair], run: Callable[[], None], effort: Effort) -> None:
-    """See what arrives at some twins, rescale columns, round all and see them rounded from now on."""
+def _round(
+    own: Mapping[str, Twin],
+    pairs: Sequence[Pair],
+    run: Callable[[], None],
+    effort: Effort,
+    method: str,
+    known: dict[str, Tensor],
+) -> None:
+    """See what arrives at some twins, rescale columns, round all and see them rounded from now on.
+
+    known  Fisher information by name, which is taken out
+    """
     seen = _Seen()
     products = {name: each for name, each in own.items() if not isinstance(each, QEmbedding)}
     with torch.no_grad(), hooked(products, seen), coarse_products():
         run()
     moments = _backed({name: seen.moments.get(name) for name in products}, own)
-    factors: dict[str, Tensor] = {}
     curves: dict[int, Curvature] = {}
 
     def curve(name: str) -> Curvature:
@@ -97,21 +118,22 @@ def _round(own: Mapping[str, Twin], pairs: Sequence[Pair], run: Callable[[], Non
         names = [name for name, each in own.items() if any(each is one for one in pair.consumers)]
         if len(names) != len(pair.consumers) or not all(name in moments for name in names):
             continue  # not all of them are to be rounded
-        if not all(_adaptive(own[name].grid) for name in names):
+        if not all(adapts(own[name].grid) for name in names):
             continue
         samples = sampled((own[name].matrix.detach().float(), cast(Adaptive, own[name].grid)) for name in names)
         c = curve(names[0])
         t = column_factors(samples, c, torch.arange(c.H.shape[0]))
         if t is not None:
             fold(pair, t)
-            factors |= dict.fromkeys(names, t)
             rescaled = c.rescaled(t, effort.damping)
             for name in names:
                 curves[id(moments[name])] = rescaled
+                if name in known:  # gradients are divided by what weights grow by
+                    known[name] = known[name] / t.square()
     pieces = [
-        _Piece(name, each, rows, curve(name) if name in moments else None, effort)
+        _Piece(name, each, rows, curve(name) if name in moments else None, F, method, effort)
         for name, each in _once(own).items()
-        for rows in _parts(each)
+        for rows, F in _parts(each, known.pop(name, None))
     ]
     found = iter(spread(_one, pieces, lambda piece: piece.cost))
     parts: dict[str, list[dict[str, Tensor]]] = {}
@@ -152,12 +174,14 @@ def _once(own: Mapping[str, Twin]) -> dict[str, Twin]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some rows of a matrix; no curvature where nothing is known of its inputs."""
+    """Some rows of a matrix, what is known of their inputs, and of what each weight does to the predictions."""
 
     name: str
     twin: Twin
     W: Tensor
     c: Curvature | None
+    F: Tensor | None
+    method: str
     effort: Effort
 
     @property
@@ -168,24 +192,21 @@ class _Piece:
 
 def _one(piece: _Piece) -> dict[str, Tensor]:
     grid = piece.twin.grid
-    if piece.c is None or not _adaptive(grid):
+    if piece.c is None or not adapts(grid):  # others are searched with the weight of every column
         importance = None if piece.c is None else piece.c.H.diagonal()
         found = search(piece.W, grid, importance)
     else:
-        best, _ = rounded(FLOORED, piece.W, cast(Adaptive, grid), piece.c, piece.effort)
+        F = None if piece.F is None else piece.F.float()
+        best, _ = rounded(piece.method, piece.W, cast(Adaptive, grid), piece.c, piece.effort, F)
         found = best.quantized
     return {**found.params, "codes": found.codes}
 
 
-def _parts(twin: Twin) -> Sequence[Tensor]:
-    """Rows that can be rounded without the others."""
+def _parts(twin: Twin, F: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Rows that can be rounded without the others, and their Fisher information where it is known."""
     W = twin.matrix.detach().float()
-    return W.split(ROWS) if twin.grid.row_independent else [W]
-
-
-def _adaptive(grid: Grid) -> bool:
-    """Whether error feedback works on it; others are searched with the weight of every column."""
-    return isinstance(grid, Scaled | Superblock | Lattice | Codebook)
+    size = ROWS if twin.grid.row_independent else len(W)
+    return zip(W.split(size), repeat(None) if F is None else F.split(size), strict=False)
 
 
 class _Seen:

@@ -36,13 +36,13 @@ from whit.live.twin import Ties, Twin
 from whit.live.types import fitted, type_named
 from whit.pipeline.effort import PRESETS
 from whit.recipes.quantizers import quantizer_named
-from whit.rounding.methods import FLOORED
+from whit.rounding.methods import METHODS as LEARNED
 from whit.rounding.named import ROUNDINGS, check_rounding
 from whit.rounding.nearest import Rounding
 
 Patterns = str | Sequence[str] | None
 Text = Batch | Sequence[Batch] | str | Sequence[str]
-METHODS = (*ROUNDINGS, FLOORED)
+METHODS = (*ROUNDINGS, *LEARNED)
 NEAREST = "nearest"
 KINDS = {"qint8": "int8", "qfloat8": "fp8"}  # types of activations
 FACTOR = "embed_scale"  # what transformers' scaled embeddings call their factor
@@ -71,12 +71,14 @@ def quantize(
     exclude      likewise; wins
     method       how codes are chosen: "nearest" from the range of a group, "search" for the least squared error,
                  "kl" for the distribution nearest to the weights', "feedback" for the least error at the layer's
-                 output on the calibration text (docs/rounding.md)
+                 output on the calibration text, "fisher" for the least change of the predictions on it, "weighted",
+                 "gptq" and "fisher-feedback" as for files (docs/rounding.md)
     salient      share of the input channels of every linear layer, such as 0.01, that stay float beside the codes:
                  those with the largest second moment times the norm of their column on the calibration text
-    calibration  for "feedback" and `salient`: token ids [n, length] int64, batches as the model takes them, or texts
+    calibration  for all from "feedback" on, and for `salient`: token ids [n, length] int64, batches as the model takes
+                 them, or texts
     tokenizer    for texts
-    preset       how much work "feedback" does
+    preset       how much work these do
     progress     told (steps done, steps in all, what)
     Modules that already are twins stay as they are, so that calls for different layers add up.
     Returns what was replaced and what was left alone with the reason.
@@ -137,9 +139,9 @@ def quantize(
     new = {name: each for name, each in model.named_modules() if isinstance(each, Twin) and _is_new(each, twins)}
     if method in ROUNDINGS and method != NEAREST:  # which is what twins do by themselves
         _fixed(new, ROUNDINGS[method])
-    elif method == FLOORED:
+    elif method in LEARNED:
         assert calls is not None
-        feedback(model, new, calls, PRESETS[preset].effort, progress)
+        feedback(model, new, calls, PRESETS[preset].effort, progress, method)
     return Report(tuple(replaced), tuple(left), total)
 
 
@@ -191,11 +193,11 @@ def _calls(
         raise RecipeError(f"There is no method called {method!r} for live models. Known: {', '.join(METHODS)}.")
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known: {', '.join(PRESETS)}.")
-    if method != FLOORED and not salient:
+    if method not in LEARNED and not salient:
         return None
     if calibration is None:
-        what = 'method="feedback" rounds' if method == FLOORED else "salient= chooses channels"
-        raise RecipeError(f"{what} for what arrives at the layers: give it calibration=, ids or texts.")
+        what = f"The rounding {method!r} looks at" if method in LEARNED else "salient= chooses channels for"
+        raise RecipeError(f"{what} what arrives at the layers: give it calibration=, ids or texts.")
     if isinstance(calibration, str):
         calibration = [calibration]
     if not isinstance(calibration, Tensor | Mapping) and calibration and isinstance(calibration[0], str):

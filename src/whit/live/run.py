@@ -63,15 +63,17 @@ def log_probabilities(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
 
     Raises ModelError when the model returns no logits.
     """
-    found = []
     with torch.no_grad():
-        for call in calls:
-            out = call(model)
-            logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-            if logits is None:
-                raise ModelError(f"{type(model).__name__} returns no logits, so predictions cannot be compared.")
-            found.append(logits.float().flatten(0, -2).log_softmax(-1))
-    return found
+        return [logits_of(model, call).float().flatten(0, -2).log_softmax(-1) for call in calls]
+
+
+def logits_of(model: nn.Module, call: Call) -> Tensor:
+    """[..., positions, classes] of one call. Raises ModelError when the model returns none."""
+    out = call(model)
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if logits is None:
+        raise ModelError(f"{type(model).__name__} returns no logits, so nothing is known of its predictions.")
+    return logits
 
 
 def divergence(model: nn.Module, calls: Sequence[Call], reference: Sequence[Tensor]) -> float:
@@ -82,6 +84,18 @@ def divergence(model: nn.Module, calls: Sequence[Call], reference: Sequence[Tens
         total += (wanted.exp() * (wanted - found)).sum(-1).clamp(min=0).double().sum().item()
         n += wanted.shape[0]
     return total / max(1, n)
+
+
+@contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """While the context lasts nothing is dropped: dropout would make other weights matter."""
+    training = [each for each in model.modules() if each.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from whit.errors import RecipeError
 from whit.grids.grid import Grid
 from whit.grids.named import grid_name
 from whit.live.modules import QConv1D, QLinear
-from whit.live.run import Call, hooked
+from whit.live.run import Call, hooked, steady
 from whit.rounding.nearest import nearest
 
 CHECKED = 8  # rows in which zeros must stay zeros
@@ -90,14 +90,9 @@ def squares_of(model: nn.Module, layers: Mapping[str, nn.Module], calls: Sequenc
         total = x.detach().double().flatten(0, -2).square().sum(0)
         found[name] = found[name] + total if name in found else total
 
-    training = model.training
-    model.eval()  # dropout would make other channels matter
-    try:
-        with torch.no_grad(), hooked(layers, seen):
-            for call in calls:
-                call(model)
-    finally:
-        model.train(training)
+    with torch.no_grad(), steady(model), hooked(layers, seen):
+        for call in calls:
+            call(model)
     return found
 
 

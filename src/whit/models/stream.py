@@ -10,7 +10,7 @@ the recording checks that each block was handed the very tensor that the one bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,6 @@ from whit.models.skeleton import check_finite, config_and_class, quiet
 Weights = Mapping[str, Tensor]
 FUSED = "sdpa"  # transformers' name
 SAME = 1e-4  # relative difference of what a block adds
-LOGITS = 1 << 24  # values in one piece of logits
 Read = Callable[[str, tuple[int, ...]], Tensor]  # name and shape of a parameter -> its values
 
 
@@ -205,12 +204,6 @@ class _Replay(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._hidden
-
-
-def pieces(length: int, n_vocab: int) -> Iterator[slice]:
-    """Parts of a window whose logits may be in memory together."""
-    size = max(1, LOGITS // n_vocab)
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def _called(part: nn.Module, weights: Weights | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from whit.allocator import return_memory
+from whit.calibration.labels import pieces
 from whit.checkpoints.atomic import check_folder, whole_file
 from whit.errors import ModelError
 from whit.evaluation.divergence import mean_and_error
 from whit.models.links import Links
 from whit.models.model import Model
-from whit.models.stream import BlockStream, Weights, pieces
+from whit.models.stream import BlockStream, Weights
 from whit.pipeline.quantize import model_view
 from whit.pipeline.rewrite import check_pair, folder_job, rewrite_folder, rewrite_gguf
 from whit.pipeline.stored import stored_of

@@ -16,13 +16,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from whit.calibration.labels import STORED, batches
 from whit.models.model import Model
 from whit.models.taps import Slot
 from whit.pipeline.inputs import Inputs
 from whit.pipeline.sweep import Gradients, Progress, Sweep
-
-MOST, BATCH = 32, 8
-STORED = torch.bfloat16  # two bytes per weight of the model; only ratios within a row matter
 
 
 def fisher(
@@ -38,10 +36,10 @@ def fisher(
     seed     of the labels
     """
     tell = progress or (lambda done, total, what: None)
-    windows = windows[torch.linspace(0, len(windows) - 1, min(MOST, len(windows))).round().long()]
     found: dict[str, Tensor] = {}
-    for n, batch in enumerate(windows.split(BATCH)):
-        visitor = _Squares(Sweep(model, batch, seed + n, tell), frozenset(names), len(windows))
+    chosen = batches(len(windows))
+    for n, batch in enumerate(chosen):
+        visitor = _Squares(Sweep(model, windows[batch], seed + n, tell), frozenset(names), sum(map(len, chosen)))
         visitor.run()
         for name, part in visitor.fisher.items():
             found[name] = part if name not in found else found[name] + part

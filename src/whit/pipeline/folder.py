@@ -135,7 +135,7 @@ class FolderJob:
         layout, layer = self._form.layout(step.grid, bool(self._recipe.activations)), name.removesuffix(WEIGHT)
         refused = layout.refuses(step.grid, matrix)
         if refused:
-            raise RecipeError(f"{name}: {refused}. Keep it in float with --set '{step.tensor.name}=f16'.")
+            raise RecipeError(f"{name}: {refused}. Keep it in float with --keep '{step.tensor.name}=f16'.")
         specs = {f"{layer}.{suffix}": spec for suffix, spec in layout.schema(step.grid, matrix).items()}
         return specs | ({f"{layer}.{INPUT_SCALE}": Spec((1,), torch.float32)} if self._fixed else {})
 

@@ -21,6 +21,7 @@ from whit.parallel import spread
 from whit.pipeline.plan import Step
 from whit.pipeline.rounder import Rounder
 from whit.rounding.curvature import Curvature
+from whit.rounding.methods import FLOORS
 from whit.transforms.absorb import Pair
 from whit.transforms.awq import Sample, column_factors, sampled
 from whit.transforms.smooth import smooth_factors
@@ -28,7 +29,6 @@ from whit.transforms.smooth import smooth_factors
 UNCHANGED = 1e-3  # relative change of a block's output up to which a fold has left the function as it was
 FACTORS = "factors"
 _Task = tuple[Pair, list[Sample], Curvature, Tensor | None]
-METHODS = ("feedback", "fisher-feedback")  # other roundings are what their names say, of the weights as they are
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _chosen(task: _Task) -> dict[str, Tensor]:
 
 def _samples(pair: Pair, steps: Mapping[str, Step]) -> list[Sample]:
     consumers = [steps[name] for name in pair.consumers]
-    rounded = [step for step in consumers if step.needs_moments and step.rounding in METHODS]
+    rounded = [step for step in consumers if step.needs_moments and step.rounding in FLOORS]
     return sampled((step.tensor.read(), cast(Adaptive, step.grid)) for step in rounded)
 
 

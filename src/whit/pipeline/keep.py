@@ -2,8 +2,8 @@
 
 Patterns may name a matrix as a Hugging Face folder does (`lm_head`, `model.layers.0.mlp.down_proj`), as transformers'
 module does, or as GGUF does (`blk.*.attn_v.weight`); all are turned into rules about GGUF names, which every recipe is
-made of, so that mixtures, saved recipes and budgets need to know nothing of it. `--set` is the older way: it knows
-GGUF names alone, and lets a tensor fall back to another type. What is kept here is kept exactly, or refused.
+made of, so that mixtures, saved recipes and budgets need to know nothing of it. What is kept is kept exactly, or
+refused.
 """
 
 from __future__ import annotations
@@ -76,6 +76,14 @@ def kept(model: Model, settings: Sequence[str], layout: str = GGUF, activations:
             found[name], patterns[name] = grid, (pattern, role)
     _check(model, found, layout, activations)
     return found
+
+
+def keeping(model: Model, recipe: Recipe, settings: Sequence[str], rounding: str) -> tuple[Recipe, dict[str, str]]:
+    """The recipe with settings in front, and GGUF tensor -> grid of what they are about. Raises what `kept` raises."""
+    if not settings:
+        return recipe, {}
+    chosen = kept(model, settings, recipe.layout, recipe.activations)
+    return with_kept(recipe, chosen, matrix_names(model), rounding), chosen
 
 
 def with_kept(recipe: Recipe, chosen: Mapping[str, str], names: Sequence[str], rounding: str) -> Recipe:

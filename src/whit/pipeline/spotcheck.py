@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from whit.allocator import return_memory
+from whit.calibration.labels import pieces
 from whit.grids.named import grid_named
 from whit.models.links import Links
 from whit.models.model import Model
-from whit.models.stream import BlockStream, Weights, pieces
+from whit.models.stream import BlockStream, Weights
 from whit.pipeline.quantize import model_view
 from whit.rounding.nearest import nearest
 

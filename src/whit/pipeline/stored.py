@@ -152,7 +152,7 @@ def gathered(pieces: Iterable[tuple[Tensor, Tensor, QuantizedTensor]]) -> Quanti
             continue
         parts = [
             q.params[name]
-            if name == "zero" or (factor == 1).all()
+            if name == "zero" or not value.is_floating_point() or (factor == 1).all()
             else (q.params[name].float() / factor[:, None]).to(value.dtype)
             for _, factor, q in pieces
         ]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from whit.allocator import return_memory
+from whit.calibration.labels import pieces, towards
 from whit.models.links import Links
 from whit.models.model import Model
-from whit.models.stream import BlockStream, pieces
+from whit.models.stream import BlockStream
 from whit.models.taps import Slot, watched
 from whit.pipeline.inputs import Inputs
 from whit.pipeline.quantize import model_view
@@ -112,9 +113,7 @@ class Sweep:
                 logits = self.stream.logits(at, W)
                 p = logits.detach().softmax(-1)
                 visitor.predicts(p)
-                label = torch.multinomial(p, 1, generator=self._generator)
-                towards = p.neg_().scatter_add_(1, label, torch.ones(label.shape))
-                (gradient,) = torch.autograd.grad(logits, at, towards)
+                (gradient,) = torch.autograd.grad(logits, at, towards(p, self._generator))
                 parts.append(gradient)
             gradients.append(torch.cat(parts, dim=1))
         return gradients

@@ -17,13 +17,10 @@ Embeddings and head stay in float: these runtimes want it so.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
 
 from whit.errors import RecipeError
 from whit.grids.named import ALIASES, GRIDS, grid_named
 from whit.recipes import quantizers
-from whit.recipes.named import override
 from whit.recipes.recipe import Recipe, Rule
 
 EXAMPLES = (
@@ -65,20 +62,9 @@ _SINGLE = {
 _OWN = {"nf4": "nf4-g64", "fp4": "fp4-g64"}  # that no public format of folders holds
 
 
-def folder_recipe(name: str, rounding: str = "nearest", settings: Sequence[str] = ()) -> Recipe | None:
-    """The recipe called `name`, None when it is not one of these.
-
-    settings  overrides as `recipe_named` takes them
-    Raises RecipeError for a grid that does not exist and settings of another form.
-    """
-    found = _named(name.lower(), rounding)
-    if found is None or not settings:
-        return found
-    rules = tuple(override(setting, rounding) for setting in reversed(settings))
-    return replace(found, rules=(*rules, *found.rules), n_overrides=len(rules))
-
-
-def _named(key: str, rounding: str) -> Recipe | None:
+def folder_recipe(name: str, rounding: str = "nearest") -> Recipe | None:
+    """The recipe called `name`, None when it is not one of these. Raises RecipeError for a grid that does not exist."""
+    key = name.lower()
     if found := _GPTQ.fullmatch(key):
         return _recipe(key, GPTQ, f"int{found[1]}{found[2] or ''}{found[3] or ''}", rounding)
     if found := _AWQ.fullmatch(key):

@@ -15,21 +15,18 @@ FLOATS = ("f32", "f16", "bf16")
 RECIPES = (*FLOATS, *BASE)
 
 
-def recipe_named(name: str, rounding: str = "nearest", pure: bool = False, settings: Sequence[str] = ()) -> Recipe:
+def recipe_named(name: str, rounding: str = "nearest", pure: bool = False) -> Recipe:
     """The recipe called `name` (case does not matter) with one rounding for all of its tensors.
 
-    pure      every tensor on the recipe's main type, the head too
-    settings  overrides of the form `pattern=grid`, such as `blk.*.ffn_down=q6_k`; the last one given counts first.
-              A pattern without `.weight` means the weight
-    Raises RecipeError that lists the names there are, and for settings of another form or with an unknown grid.
+    pure  every tensor on the recipe's main type, the head too
+    Raises RecipeError that lists the names there are.
     """
     key = name.lower()
     if key not in RECIPES:
         raise RecipeError(f"There is no recipe called {name!r}. Known recipes: {', '.join(RECIPES)}.")
-    rules = tuple(override(setting, rounding) for setting in reversed(settings))
     if pure or key in FLOATS:
-        return Recipe(key, (*rules, Rule("*", BASE.get(key, key), rounding)), n_overrides=len(rules))
-    return Recipe(key, rules, mixture=key, rounding=rounding, n_overrides=len(rules))
+        return Recipe(key, (Rule("*", BASE.get(key, key), rounding),))
+    return Recipe(key, (), mixture=key, rounding=rounding)
 
 
 def resolved(recipe: Recipe, tensors: Sequence[tuple[str, tuple[int, ...]]], model: Facts) -> Recipe:
@@ -48,11 +45,3 @@ def resolved(recipe: Recipe, tensors: Sequence[tuple[str, tuple[int, ...]]], mod
     common = counts.most_common(1)[0][0] if counts else BASE[recipe.mixture]
     rules = [Rule(tensor, kind, recipe.rounding) for tensor, kind in kinds.items() if kind != common]
     return replace(recipe, rules=(*recipe.rules, *rules, Rule("*", common, recipe.rounding)), mixture="")
-
-
-def override(setting: str, rounding: str) -> Rule:
-    """A rule of the form `pattern=grid`. Raises RecipeError for another form or an unknown grid."""
-    pattern, equals, grid = setting.partition("=")
-    if not (pattern and equals and grid):
-        raise RecipeError(f"--set {setting!r} is not of the form 'pattern=grid', such as 'blk.*.ffn_down=q6_k'.")
-    return Rule(pattern if pattern.endswith((".weight", "*")) else f"{pattern}.weight", grid.lower(), rounding)

@@ -21,7 +21,9 @@ from torch import Tensor
 from whit.grids.codebook import Codebook
 from whit.grids.grid import Adaptive, Grid, Params
 from whit.grids.quantized import QuantizedTensor
+from whit.grids.sparse import Sparse
 from whit.rounding.curvature import Curvature
+from whit.rounding.outliers import sparse_feedback
 from whit.rounding.steps import round_span
 from whit.rounding.tables import table_feedback
 
@@ -30,11 +32,11 @@ Scales = Literal["search", "range"]
 
 def adapts(grid: Grid) -> bool:
     """Whether error feedback works on a grid."""
-    return isinstance(grid, Codebook) or hasattr(grid, "bases")
+    return isinstance(grid, Codebook | Sparse) or hasattr(grid, "bases")
 
 
 def feedback(
-    W: Tensor, grid: Adaptive | Codebook, c: Curvature, late: bool = True, scales: Scales = "search"
+    W: Tensor, grid: Adaptive | Codebook | Sparse, c: Curvature, late: bool = True, scales: Scales = "search"
 ) -> QuantizedTensor:
     """Codes and parameters of W [rows, cols] float32 under the curvature of its inputs.
 
@@ -45,6 +47,8 @@ def feedback(
     """
     if isinstance(grid, Codebook):
         return table_feedback(W, grid, c, levels=grid.store(grid.fit(W)) if scales == "range" else None)
+    if isinstance(grid, Sparse):
+        return sparse_feedback(W, grid, c, given=scales == "range")
     rows, cols = W.shape
     R, late = c.R, late and scales == "search"
     weights = R.diagonal().square()

@@ -20,9 +20,11 @@ from torch import Tensor
 from whit.grids.codebook import Codebook
 from whit.grids.grid import Adaptive
 from whit.grids.quantized import QuantizedTensor
+from whit.grids.sparse import Sparse
 from whit.rounding.curvature import Curvature
 from whit.rounding.feedback import feedback
 from whit.rounding.nearest import nearest, search
+from whit.rounding.outliers import sparse_feedback
 from whit.rounding.polish import Scored, better_rows, polish, scored
 from whit.rounding.tables import table_feedback
 
@@ -69,13 +71,16 @@ def polished_by_fisher(
     W: Tensor, grid: Adaptive, c: Curvature, effort: Effort, F: Tensor | None = None
 ) -> QuantizedTensor:
     """As `polished`; a codebook's first levels know the Fisher information."""
-    if not isinstance(grid, Codebook):
-        return polished(W, grid, c, effort)
-    return polish(W, table_feedback(W, grid, c, F), grid, c, effort.sweeps)
+    if isinstance(grid, Codebook):
+        return polish(W, table_feedback(W, grid, c, F), grid, c, effort.sweeps)
+    if isinstance(grid, Sparse):
+        return polish(W, sparse_feedback(W, grid, c, F), grid, c, effort.sweeps)
+    return polished(W, grid, c, effort)
 
 
 FLOORED, BY_FISHER, FISHER_FLOORED = "feedback", "fisher", "fisher-feedback"
 FISHER = (BY_FISHER, FISHER_FLOORED)
+FLOORS = (FLOORED, FISHER_FLOORED)  # others are what their names say, of the weights as they are
 METHODS: dict[str, Method] = {
     "weighted": weighted,
     "gptq": gptq,
@@ -93,6 +98,7 @@ def rounded(
     F  [rows, cols] float32, the Fisher information of every weight, where a method asks for it
     Raises ValueError when cols does not fit the grid, OverflowError when a scale leaves its dtype.
     """
+    F = F if F is not None and F.any() else None  # all zeros: no token reached an expert
     plain = scored(W, nearest(W, grid), c.H)
     found = scored(W, METHODS[name](W, grid, c, effort, F), c.H)
-    return (better_rows(found, plain) if name in (FLOORED, FISHER_FLOORED) else found), plain
+    return (better_rows(found, plain) if name in FLOORS else found), plain

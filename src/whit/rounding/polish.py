@@ -20,7 +20,9 @@ from torch import Tensor
 from whit.grids.codebook import Codebook
 from whit.grids.grid import Adaptive, Params
 from whit.grids.quantized import QuantizedTensor
+from whit.grids.sparse import Sparse
 from whit.rounding.curvature import Curvature
+from whit.rounding.outliers import sparse_polish
 from whit.rounding.steps import descend_span
 from whit.rounding.tables import table_polish
 
@@ -32,7 +34,7 @@ def loss(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
 
 
 def polish(
-    W: Tensor, quantized: QuantizedTensor, grid: Adaptive | Codebook, c: Curvature, sweeps: int
+    W: Tensor, quantized: QuantizedTensor, grid: Adaptive | Codebook | Sparse, c: Curvature, sweeps: int
 ) -> QuantizedTensor:
     """Alternate refit and coordinate descent `sweeps` times, then refit; the loss of no row rises (of no matrix, where
     one table serves it).
@@ -41,6 +43,8 @@ def polish(
     """
     if isinstance(grid, Codebook):
         return table_polish(W, quantized, grid, c, sweeps)
+    if isinstance(grid, Sparse):
+        return sparse_polish(W, quantized, grid, c, sweeps)
     Wt, codes = W.T.contiguous(), quantized.codes.T.contiguous()  # [cols, rows]; codes [steps, rows]
     params: Params = quantized.params
     delta = quantized.dequantize().T - Wt

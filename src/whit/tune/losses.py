@@ -10,6 +10,7 @@ no graph of the loss is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,10 +69,43 @@ def _measured(logits: Tensor, window: int, part: slice, ids: Tensor, teacher: Wa
         following = ids[part.start + 1 : part.stop + 1, None]
         loss = -log_q.gather(1, following)[:, 0]
         return loss, log_q.exp_().scatter_add_(1, following, torch.full_like(loss, -1.0)[:, None])
-    log_p = teacher(window, part).log_softmax(-1, dtype=torch.float32)
+    return _divergence(log_q, teacher(window, part))
+
+
+def _divergence(log_q: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(softmax(wanted) || q) [n], and the gradient [n, vocab] of its sum by the logits of q; log_q is overwritten."""
+    log_p = wanted.log_softmax(-1, dtype=torch.float32)
     p = log_p.exp()
     loss = log_p.sub_(log_q).mul_(p).sum(-1)
     return loss, log_q.exp_().sub_(p)
+
+
+class _Divergence(torch.autograd.Function):
+    """The sum over rows; all that is kept for the way back is the gradient, in the dtype of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        found, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+        for at in range(0, len(logits), PIECE):
+            part = slice(at, at + PIECE)
+            loss, off = _divergence(logits[part].log_softmax(-1, dtype=torch.float32), wanted[part])
+            found[part] = off
+            total += loss.sum()
+        ctx.save_for_backward(found)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (found,) = ctx.saved_tensors
+        return found * gradients[0].to(found.dtype), None
+
+
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Sum over rows of KL(softmax(wanted) || softmax(logits)), float32, nats; differentiable by logits.
+
+    logits, wanted  [n, vocab]
+    """
+    return cast(Tensor, _Divergence.apply(logits, wanted))
 
 
 def _pieces(ids: Tensor, next_token: bool) -> list[tuple[int, slice]]:
