@@ -111,9 +111,13 @@ class LiveRuntime:
                 logits = self._step([token])
         piece, stopped = stops.add(writer.rest()) if not stops.met else ("", True)
         yield piece + stops.rest()
-        wrote = time.perf_counter() - read
+        wrote, fresh = time.perf_counter() - read, len(ids) - known
         return Timings(
-            len(ids), len(ids) / max(read - began, 1e-9), tokens, tokens / max(wrote, 1e-9), ended or stopped
+            prompt_tokens=fresh,
+            prompt_tokens_per_second=fresh / max(read - began, 1e-9),
+            tokens=tokens,
+            tokens_per_second=tokens / max(wrote, 1e-9),
+            ended=ended or stopped,
         )
 
     def _ids(self, prompt: str | Messages) -> list[int]:
@@ -160,7 +164,7 @@ def drawn(logits: Tensor, settings: Settings, random: torch.Generator) -> int:
     """
     if settings.temperature == 0:
         return int(logits.argmax())
-    p = ((logits - logits.max()) / settings.temperature).softmax(-1)  # the largest is 0 at any temperature
+    p = ((logits - logits.max()).double() / settings.temperature).softmax(-1)  # 0 / 1e-300 is 0 in double alone
     if settings.top_p < 1:
         likely, order = p.sort(descending=True, stable=True)
         p = torch.zeros_like(p).scatter(0, order, likely * (likely.cumsum(0) - likely < settings.top_p))
