@@ -1,9 +1,9 @@
 """The HTTP application that stands before a model: OpenAI's paths, limits, a queue, health and figures.
 
 One front serves every runtime, so that limits, errors and figures are the same for all. The simpler way, to let
-llama.cpp's server face the network itself, leaves answers and bodies of any length to whoever asks, and a handful of
-half-sent requests take all its threads; here a connection that waits costs some kilobytes. What an answer says and how
-it is written is the backend's: llama.cpp's server keeps all that it can do (tools, grammars, log-probabilities).
+llama.cpp's server face the network itself, leaves answers and bodies of any length to whoever asks, and 16 half-sent
+requests take all its threads; here a connection that waits takes none. What an answer says and how it is written is the
+backend's: llama.cpp's server keeps all that it can do (tools, grammars, log-probabilities).
 
 A request is read and checked, waits for a free slot, is answered, and is forgotten as soon as whoever asked goes away.
 Left out: passwords and TLS, which are a reverse proxy's; batches, embeddings, files.
