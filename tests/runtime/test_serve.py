@@ -296,6 +296,17 @@ def test_a_half_sent_request_ends(server: Served, walker: Walker) -> None:
         assert head.recv(4096) == b""
 
 
+def test_a_client_who_leaves_before_all_is_sent_is_no_error(
+    server: Served, walker: Walker, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = figure(server, 'whit_requests_total{status="499"}')
+    with connected(server) as leaving:
+        leaving.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
+    assert eventually(lambda: figure(server, 'whit_requests_total{status="499"}') == left + 1)
+    assert still_serves(server, walker)
+    assert caplog.records == []
+
+
 def test_a_reader_who_stops_reading_gives_the_slot_back(server: Served, walker: Walker) -> None:
     left = figure(server, 'whit_requests_total{status="499"}')
     with connected(server, small=True) as slow:

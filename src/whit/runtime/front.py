@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -171,7 +171,7 @@ def _lost(request: Request, error: HTTPException, known: Sequence[str]) -> Refus
 
 
 async def _body(request: Request, timeout: float) -> bytes:
-    """A body. Raises Refused when it is too long (413), and TimeoutError when it does not come."""
+    """A body. Raises Refused when it is too long (413), does not come (408), or its sender leaves (499)."""
     pieces: list[bytes] = []
     n, stream = 0, request.stream()
     try:
@@ -187,6 +187,8 @@ async def _body(request: Request, timeout: float) -> bytes:
                 break
     except TimeoutError:
         raise Refused(408, f"The request did not arrive: {timeout:g} seconds without a byte.", "timeout") from None
+    except ClientDisconnect:
+        raise Refused(GONE, "The client left before its request had arrived.", "gone") from None
     if n > MOST_BYTES:
         raise Refused(413, f"The body is longer than {MOST_BYTES:,} bytes; shorten the prompt.", "too_long")
     return b"".join(pieces)
