@@ -318,16 +318,36 @@ def test_a_reader_who_stops_reading_gives_the_slot_back(server: Served, walker: 
     assert still_serves(server, walker)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_work_for_a_client_who_leaves_is_ended(server: Served, walker: Walker, stream: bool) -> None:
+@pytest.mark.parametrize(("stream", "n"), [(True, 1), (False, 6)])
+def test_work_for_clients_who_leave_is_ended_while_it_runs_and_while_it_waits(
+    server: Served, walker: Walker, stream: bool, n: int
+) -> None:
     left = figure(server, 'whit_requests_total{status="499"}')
-    with connected(server) as leaving:
-        body = {"prompt": f"say{walker.words[0]}", "temperature": 0, "stream": stream, "max_tokens": LONGEST}
-        leaving.sendall(posted(body))
-        assert eventually(lambda: figure(server, "whit_requests_running") == 1)
-    assert eventually(lambda: figure(server, 'whit_requests_total{status="499"}') == left + 1)
-    assert eventually(lambda: figure(server, "whit_requests_running") == 0)
+    body = {"prompt": f"say{walker.words[0]}", "temperature": 0, "stream": stream, "max_tokens": LONGEST}
+    leaving = [connected(server) for _ in range(n)]
+    for each in leaving:
+        each.sendall(posted(body))
+
+    def busy() -> float:
+        return figure(server, "whit_requests_running") + figure(server, "whit_requests_waiting")
+
+    assert eventually(lambda: busy() == n)
+    for each in leaving:
+        each.close()
+    assert eventually(lambda: figure(server, 'whit_requests_total{status="499"}') == left + n)
+    assert eventually(lambda: busy() == 0)
     assert still_serves(server, walker)
+
+
+def test_a_runtime_that_dies_is_said_and_nothing_hangs(walker: Walker) -> None:
+    with serve(walker.file, Serving(port=0, context=256, slots=1), threads=1, anyway=True) as served:
+        workers = [each for each in psutil.Process().children() if "whit.runtime.worker" in each.cmdline()]
+        max(workers, key=lambda each: each.create_time()).kill()
+        assert eventually(lambda: served.failure() is not None)
+        status, text = ask(f"{served.address}/v1/completions", b'{"prompt": "a"}')
+        assert (status, "process has ended" in text) == (502, True)
+        assert ask(f"{served.address}/health")[0] == 503
+        assert ask(f"{served.address}/metrics")[0] == 200
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
