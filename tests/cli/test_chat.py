@@ -1,9 +1,13 @@
 """`whit chat` from the command line."""
 
+import re
+from pathlib import Path
+
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from walker import Walker
 from whit.cli.chat import command
 from whit.models.builtin import packaged_smollm2
 
@@ -20,3 +24,15 @@ def test_a_conversation_remembers_counts_and_forgets() -> None:
     assert "answer " in result.stderr
     assert "no complete answer yet" in result.stderr
     assert result.stderr.count("/reset") == 2  # at the start, and for the unknown command
+
+
+def test_a_folder_talks_too_and_tells_speed_first_text_and_memory(tmp_path: Path) -> None:
+    walker = Walker(tmp_path)
+    said = f"say{walker.words[0]}\n/stats\n/quit\n"
+    result = CliRunner().invoke(app, [str(walker.folder), "-n", "5", "--threads", "1"], input=said)
+    assert result.exit_code == 0, result.exception
+    assert result.stdout == walker.says(walker.words[0], 5) + "\n"
+    assert re.search(
+        r"prompt \d+ new tokens at [\d.]+/s, first text after [\d.]+ s, answer 5 tokens at [\d.]+/s; memory [\d.]+ GB",
+        result.stderr,
+    )

@@ -6,6 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from walker import LAST, Walker
 from whit.cli.run import command
 from whit.errors import BrokenFileError
 from whit.models.builtin import packaged_smollm2
@@ -30,3 +31,13 @@ def test_a_file_that_cannot_be_read_is_an_error_for_the_user(tmp_path: Path) -> 
     result = CliRunner().invoke(app, [str(tmp_path / "a.gguf"), "hi"])
     assert isinstance(result.exception, BrokenFileError)
     assert result.stdout == ""
+
+
+def test_a_folder_answers_too_and_says_when_it_was_cut_off(tmp_path: Path) -> None:
+    walker = Walker(tmp_path)
+    result = CliRunner().invoke(app, [str(walker.folder), f"say{walker.words[0]}", "-n", "4", "--threads", "1"])
+    assert result.stdout == walker.says(walker.words[0], 4) + "\n"
+    assert "answer 4 tokens at " in result.stderr
+    assert "cut off: -n allows a longer answer" in result.stderr
+    ended = CliRunner().invoke(app, [str(walker.folder), LAST, "--threads", "1"])
+    assert "cut off" not in ended.stderr

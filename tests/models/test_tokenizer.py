@@ -195,3 +195,36 @@ def test_a_broken_tokenizer_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BrokenFileError, match="tokenizer.json"):
         load_tokenizer(from_folder(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_written_one_by_one_give_the_same_text(family: str, tmp_path: Path) -> None:
+    save_toy_tokenizer(family, tmp_path)
+    tokenizer = load_tokenizer(from_folder(tmp_path))
+    for text in ("Hello, world! naïve “café” 你好 🙂🚀 x", " a  b\n\tc", "one two three"):
+        ids = tokenizer.encode(text)
+        for cut in range(len(ids)):
+            writer = tokenizer.writer(ids[:cut])
+            pieces = [writer.add(token) for token in ids[cut:]]
+            whole = tokenizer.decode(ids[:cut])
+            if not whole.endswith("\ufffd"):  # otherwise a prompt ends within a character
+                assert whole + "".join(pieces) + writer.rest() == tokenizer.decode(ids)
+                assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_that_is_never_completed_comes_at_the_end(tmp_path: Path) -> None:
+    save_toy_tokenizer("gpt2", tmp_path)
+    tokenizer = load_tokenizer(from_folder(tmp_path))
+    first, *_ = tokenizer.encode("🙂")
+    writer = tokenizer.writer()
+    assert [writer.add(first), writer.rest()] == ["", "\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    [("smollm", {"<|endoftext|>", "<|im_end|>"}), ("llama3", {"<|end_of_text|>", "<|eot_id|>"}), ("opt", {"</s>"})],
+)
+def test_ends_of_an_answer_are_known_by_their_texts(family: str, ends: set[str], tmp_path: Path) -> None:
+    save_toy_tokenizer(family, tmp_path)
+    tokenizer = load_tokenizer(from_folder(tmp_path))
+    assert tokenizer.ends() == {token for text in ends for token in tokenizer.encode(text)}

@@ -1,45 +1,57 @@
-"""`whit chat FILE`: a conversation in the terminal."""
+"""`whit chat MODEL`: a conversation in the terminal."""
 
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import closing
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
+from whit.cli.run import ANYWAY, MODEL
 from whit.errors import RecipeError
-from whit.runtime.answer import Settings, Timings
-from whit.runtime.llama import LlamaRuntime, longest_context
+from whit.memory import GB
+from whit.runtime.answer import Runtime, Settings, Timings
+from whit.runtime.choose import prepare
 
-HELP = "/stats speed of the last answer, /reset a new conversation, /quit the end. Ctrl-C stops an answer."
+HELP = "/stats speed of the last answer and memory, /reset a new conversation, /quit the end. Ctrl-C stops an answer."
+
+
+@dataclass(frozen=True)
+class _Took:
+    """What the last answer took.
+
+    first_seconds  from the question to the first text of the answer
+    """
+
+    timings: Timings
+    first_seconds: float
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="A GGUF file with a chat template.")],
+    model: Annotated[str, typer.Argument(help=f"{MODEL} It needs a chat template.")],
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="At most so many tokens per answer.")] = 512,
     context: Annotated[int, typer.Option(help="Tokens of the whole conversation that fit.")] = 4096,
     system: Annotated[str, typer.Option(help="An instruction that stands before the conversation.")] = "",
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Where drawing starts when the temperature is above 0.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Processor cores to use, by default all.")] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help=ANYWAY)] = False,
 ) -> None:
-    """Talk with a GGUF file, through llama.cpp's runtime."""
+    """Talk with a model: a GGUF file through llama.cpp's runtime, a folder as a live model."""
     settings = Settings(tokens, temperature, seed)
-    if context < 1:
-        raise RecipeError(f"A context of {context} tokens holds nothing; ask for 1 or more.")
-    with closing(LlamaRuntime(file, min(context, longest_context(file)), threads)) as runtime:
+    with closing(prepare(model, context, threads, anyway, remember=True)()) as runtime:
         if not runtime.has_template:
             raise RecipeError(
-                f"{file} has no chat template: it continues texts and holds no conversations. "
-                f'Try `whit run {file} --raw "..."`, or a file made from an instruction-tuned model.'
+                f"{model} has no chat template: it continues texts and holds no conversations. "
+                f'Try `whit run {model} --raw "..."`, or one made from an instruction-tuned model.'
             )
-        runtime.wait()
         _talk(runtime, [{"role": "system", "content": system}] if system else [], settings)
 
 
-def _talk(runtime: LlamaRuntime, start: list[dict[str, str]], settings: Settings) -> None:
+def _talk(runtime: Runtime, start: list[dict[str, str]], settings: Settings) -> None:
     messages, last = list(start), None
     print(HELP, file=sys.stderr)
     while True:
@@ -52,7 +64,7 @@ def _talk(runtime: LlamaRuntime, start: list[dict[str, str]], settings: Settings
         if line == "/reset":
             messages, last = list(start), None
         elif line == "/stats":
-            print(_stats(last), file=sys.stderr)
+            print(_stats(last, runtime), file=sys.stderr)
         elif line.startswith("/"):
             print(HELP, file=sys.stderr)
         elif line:
@@ -65,25 +77,31 @@ def _talk(runtime: LlamaRuntime, start: list[dict[str, str]], settings: Settings
             messages = [*asked, {"role": "assistant", "content": text}]
 
 
-def _answer(runtime: LlamaRuntime, asked: list[dict[str, str]], settings: Settings) -> tuple[str, Timings | None]:
+def _answer(runtime: Runtime, asked: list[dict[str, str]], settings: Settings) -> tuple[str, _Took | None]:
     pieces: list[str] = []
+    asked_at, first = time.monotonic(), 0.0
     answer = runtime.answer(asked, settings)
     with closing(answer):
         try:
             for piece in answer:
+                if piece and not first:
+                    first = time.monotonic() - asked_at
                 pieces.append(piece)
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:  # what has been said so far is the answer
             print(flush=True)
             return "".join(pieces), None
     print(flush=True)
-    return "".join(pieces), answer.timings
+    return "".join(pieces), _Took(answer.timings, first)
 
 
-def _stats(took: Timings | None) -> str:
+def _stats(took: _Took | None, runtime: Runtime) -> str:
+    memory = f"memory {runtime.resident() / GB:.2f} GB"
     if took is None:
-        return "no complete answer yet"
+        return f"no complete answer yet; {memory}"
+    timings = took.timings
     return (
-        f"prompt {took.prompt_tokens} new tokens at {took.prompt_tokens_per_second:.1f}/s, "
-        f"answer {took.tokens} tokens at {took.tokens_per_second:.1f}/s"
+        f"prompt {timings.prompt_tokens} new tokens at {timings.prompt_tokens_per_second:.1f}/s, "
+        f"first text after {took.first_seconds:.2f} s, "
+        f"answer {timings.tokens} tokens at {timings.tokens_per_second:.1f}/s; {memory}"
     )

@@ -22,13 +22,25 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from whit.errors import BrokenFileError, ModelError
 from whit.models.model import Model
 from whit.models.pretokenizers import splitter_named
-from whit.models.vocabulary import PREFIX, SPACE, SPECIALS, Kind, chat_template, gguf_vocabulary, special_texts
+from whit.models.vocabulary import (
+    KNOWN_ENDS,
+    PREFIX,
+    SPACE,
+    SPECIALS,
+    Kind,
+    chat_template,
+    gguf_vocabulary,
+    special_texts,
+)
 
 # Ids that llama.cpp takes where a file names none.
 _USUAL_IDS = {"gpt2": {"bos": 11, "eos": 11}, "llama": {"bos": 1, "eos": 2}}
 
 # llama.cpp drops white space after the special tokens of files with such a name, but for some tokens.
 _STRIPPING_NAMES, _NOT_STRIPPING = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
+
+CONTEXT = 8  # tokens before a text that may change how its first one is written
+INCOMPLETE = "\ufffd"  # what decoding makes of a part of a character
 
 
 class Tokenizer:
@@ -49,6 +61,11 @@ class Tokenizer:
         backend.no_padding()
 
     @property
+    def has_template(self) -> bool:
+        """Whether the model says how a conversation is written down."""
+        return self._template is not None
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
@@ -60,6 +77,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return str(self._backend.decode(list(ids)))
+
+    def ends(self) -> set[int]:
+        """Ids of tokens that end an answer: the model's own, and those that llama.cpp knows by their texts."""
+        known = KNOWN_ENDS | {self._special_tokens.get("eos_token")}
+        added = self._backend.get_added_tokens_decoder().items()
+        return {number for number, token in added if str(token.content) in known}
+
+    def writer(self, before: Sequence[int] = ()) -> Writer:
+        """For the text of token ids that come one at a time after `before`."""
+        return Writer(self, before)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str | None:
         """Messages as the text that the model answers to, special tokens written out; None without a template.
@@ -83,6 +110,34 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into an existing folder."""
         self._backend.save(str(folder / "tokenizer.json"))
+
+
+class Writer:
+    """Token ids as text, piece by piece: a character may be spread over several tokens, and a token alone may lack
+    the space that it has after others."""
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        self._decode, self._ids = tokenizer.decode, list(before[-CONTEXT:])
+        self._start, self._said = (
+            0,
+            len(self._ids),
+        )  # ids before `_said` have been written; from `_start` on they matter
+
+    def add(self, token: int) -> str:
+        """What can be written now that this token is known; may be empty."""
+        self._ids.append(token)
+        piece = self._new()
+        if not piece or piece.endswith(INCOMPLETE):
+            return ""
+        self._start, self._said = self._said, len(self._ids)
+        return piece
+
+    def rest(self) -> str:
+        """What is left at the end: characters that were never completed."""
+        return self._new()
+
+    def _new(self) -> str:
+        return self._decode(self._ids[self._start :])[len(self._decode(self._ids[self._start : self._said])) :]
 
 
 def load_tokenizer(model: Model) -> Tokenizer:

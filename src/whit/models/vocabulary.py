@@ -34,7 +34,7 @@ _UNICODE = {"NFC", "NFKC", "Precompiled"}
 _SPACING = {"Prepend ▁", "Replace ' ' by '▁'"}
 _METASPACE = {(), ("Metaspace",), ("Split MergedWithPrevious  ",)}  # the last one finds no space left to split at
 # Tokens that llama.cpp takes for the end of an answer without being told.
-_KNOWN_ENDS = frozenset(
+KNOWN_ENDS = frozenset(
     (
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
         *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
@@ -344,7 +344,7 @@ def _other_ends(
     """Further tokens that end an answer, which llama.cpp would not know by their text. It has room for two."""
     ends = [i for source in sources for i in _numbers(source.get("eos_token_id"))]
     new = [i for i in dict.fromkeys(ends) if i in vocabulary.tokens and i != ids.get("eos_token_id")]
-    new = [i for i in new if vocabulary.tokens[i][0] not in _KNOWN_ENDS]
+    new = [i for i in new if vocabulary.tokens[i][0] not in KNOWN_ENDS]
     return dict(zip(("eot_token_id", "eom_token_id"), new, strict=False))
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from whit.errors import RecipeError
 
+SHORTEST_CONTEXT = 2048  # for models that do not say how long a text they read
 Messages = Sequence[Mapping[str, str]]  # {"role": "user", "content": "..."}, in order
 
 
@@ -100,8 +101,12 @@ class Runtime(Protocol):
     has_template: bool
 
     def answer(self, prompt: str | Messages, settings: Settings) -> Generation:
-        """Continue a text as it stands, or answer a conversation. Raises RecipeError, while it is read, for prompts
+        """Continue a text as it stands, or answer a conversation. Raises TooLongError, while it is read, for prompts
         longer than the context."""
+        ...
+
+    def resident(self) -> int:
+        """Bytes of memory that it takes now."""
         ...
 
     def close(self) -> None:

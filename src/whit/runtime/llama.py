@@ -7,7 +7,6 @@ ends.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import re
 import subprocess
@@ -17,17 +16,12 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from whit.checkpoints.gguf import GGUFFile
-from whit.errors import BrokenFileError, MissingPackageError, RecipeError
-from whit.runtime.answer import Generation, Messages, Settings, Timings
-
-SHORTEST_CONTEXT = 2048  # for files that do not say how long a text they read
-
-
-def check_installed() -> None:
-    """Raises MissingPackageError without xllamacpp."""
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise MissingPackageError("Running a file needs llama.cpp's runtime: pip install 'whit[run]'")
+from whit.errors import BrokenFileError, RecipeError, TooLongError
+from whit.runtime.answer import SHORTEST_CONTEXT, Generation, Messages, Settings, Timings
+from whit.runtime.installed import check_llama
 
 
 def longest_context(path: Path) -> int:
@@ -41,7 +35,7 @@ class LlamaRuntime:
 
     n_ctx    tokens of context; their memory is taken at once
     threads  processor cores to use; None for all. On a busy machine fewer are much faster: they wait for each other
-    listen   where llama.cpp's own server listens, and how (worker.load); None for nowhere
+    listen   how llama.cpp's own server answers on a port of this machine (worker.load); None for not at all
     Raises MissingPackageError, RecipeError, and ModelError for a file that is none; what llama.cpp cannot load is a
     BrokenFileError of `wait` and `answer`.
     """
@@ -49,7 +43,7 @@ class LlamaRuntime:
     def __init__(
         self, path: Path, n_ctx: int, threads: int | None = None, listen: dict[str, Any] | None = None
     ) -> None:
-        check_installed()
+        check_llama()
         if threads is not None and threads < 1:
             raise RecipeError(f"{threads} threads cannot work; ask for 1 or more.")
         self.label, self.has_template = str(path), "tokenizer.chat_template" in GGUFFile(path).metadata
@@ -90,6 +84,10 @@ class LlamaRuntime:
         request = {**asked, **vars(settings)}
         return Generation(self._answer(request))
 
+    def resident(self) -> int:
+        """Bytes of memory of llama.cpp's process, the pages of the file that it has touched among them."""
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
     def close(self) -> None:
         """End the process; safe to call twice."""
         self._process.kill()
@@ -107,7 +105,7 @@ class LlamaRuntime:
         try:
             for event in self._events():
                 if "error" in event:
-                    error = RecipeError(_refusal(self.label, event["error"]))
+                    error = _refusal(self.label, event["error"])
                 if "text" in event:
                     yield event["text"]
                 if "finish" in event:
@@ -152,13 +150,13 @@ def _timings(figures: dict[str, Any], ended: bool) -> Timings:
     )
 
 
-def _refusal(path: str, error: dict[str, Any]) -> str:
+def _refusal(path: str, error: dict[str, Any]) -> RecipeError:
     if error.get("type") == "exceed_context_size_error":
-        return (
+        return TooLongError(
             f"{path}: the prompt has {error['n_prompt_tokens']} tokens, the model reads at most {error['n_ctx']}. "
             "Shorten the prompt."
         )
-    return f"{path}: llama.cpp refuses the request: {str(error.get('message', error)).rstrip('.')}."
+    return RecipeError(f"{path}: llama.cpp refuses the request: {str(error.get('message', error)).rstrip('.')}.")
 
 
 def _failure(path: str, status: int, log: IO[str]) -> str:

@@ -25,9 +25,8 @@ Send = Callable[[dict[str, Any]], None]
 def load(setup: dict[str, Any]) -> Any:
     """llama.cpp's server with a model.
 
-    setup  path, n_ctx (tokens, of all slots together), threads (None: as the runtime thinks best), and to be there for
-           other programs: listen = {host, port, name, slots, n_tokens (where a request names no number), timeout in
-           seconds}
+    setup  path, n_ctx (tokens, of all slots together), threads (None: as the runtime thinks best), and to answer over
+           HTTP: listen = {name, slots, n_tokens (where a request names no number), key (a password)}
     Raises RuntimeError when llama.cpp cannot load the file; its reason is in the log.
     """
     import xllamacpp  # heavy, and optional: the parent has checked that it is installed
@@ -47,10 +46,9 @@ def load(setup: dict[str, Any]) -> Any:
     if listen is None:
         params.api_keys = [secrets.token_hex()]  # nobody else may use the port that the runtime insists on opening
     else:
-        params.hostnames, params.port = [listen["host"]], listen["port"]
+        params.api_keys = [listen["key"]]
         params.model_alias = {listen["name"]}
         params.n_parallel, params.n_predict = listen["slots"], listen["n_tokens"]
-        params.timeout_read = params.timeout_write = listen["timeout"]
         params.endpoint_metrics = True
     return xllamacpp.Server(params)
 
