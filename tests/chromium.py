@@ -25,7 +25,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PATIENCE = 60.0  # seconds; a machine that runs other tests is slow
+PATIENCE = 120.0  # seconds; a machine that runs other tests is slow
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 from chromium import FileServer, chromium, requested, wait_for
 from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
-from whit.checkpoints.gguf import GGUFWriter
+from whit.checkpoints.gguf import Announced, GGUFFile, GGUFWriter
 from whit.errors import MissingPackageError, ModelError, OutputError, RecipeError
 from whit.models.open import open_model
 from whit.pipeline.quantize import write_gguf
@@ -28,7 +28,7 @@ PROMPT = "The sky is blue"
 CONTEXT = 128
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama with a tokenizer and a chat template, as a GGUF file."""
     folder = tmp_path_factory.mktemp("web")
@@ -42,8 +42,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Pages are written without the real runtime."""
-    (tmp_path / "wllama.js").write_text("export class Wllama {}")
-    monkeypatch.setattr(page_module, "runtime_files", lambda: [tmp_path / "wllama.js"])
+    files = [tmp_path / name for name in ("wllama.js", "wllama.wasm", "compat.wasm")]
+    for file in files:
+        file.write_text(file.name)
+    monkeypatch.setattr(page_module, "runtime_files", lambda: files)
 
 
 @pytest.mark.usefixtures("runtime")
@@ -57,6 +59,8 @@ def test_the_parts_are_the_file(model: Path, tmp_path: Path, monkeypatch: pytest
     assert [len(piece) for piece in pieces] == [part["bytes"] for part in told["parts"]]
     assert max(map(len, pieces)) <= most
     assert (len(pieces) > 1) == (most < model.stat().st_size)
+    usual = told["runtime"]["usual"]["file"]
+    assert (tmp_path / "page" / usual).read_text() == "wllama.wasm"
     assert written.n_bytes == sum(path.stat().st_size for path in (tmp_path / "page").iterdir())
 
 
@@ -124,13 +128,17 @@ def site(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     folder = tmp_path_factory.mktemp("site") / "page"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_module, "PART_BYTES", 200_000)
-        try:
-            written = write_page(model, folder, title="A tiny model")
-        except MissingPackageError as error:
-            pytest.skip(str(error))
+        written = _page_or_skip(model, folder)
     server = FileServer(folder)
     yield written, server
     server.close()
+
+
+def _page_or_skip(model: Path, folder: Path) -> Page:
+    try:
+        return write_page(model, folder)
+    except MissingPackageError as error:
+        pytest.skip(str(error))
 
 
 def shown(driver: Any, name: str) -> str:
@@ -219,18 +227,45 @@ def test_a_conversation_longer_than_the_context_is_refused_in_plain_words(
     browser: Any, site: tuple[Page, FileServer]
 ) -> None:
     begin(browser, site[1])
-    browser.execute_script("document.getElementById('prompt').value = arguments[0]", f"{PROMPT} " * CONTEXT)
+    long = f"{PROMPT} " * CONTEXT
+    browser.execute_script("document.getElementById('prompt').value = arguments[0]", long)
     browser.find_element("id", "send").click()
     wait_for(browser, "!document.getElementById('error').hidden")
     assert "Begin a new one" in shown(browser, "error")
-    assert browser.find_element("id", "prompt").get_attribute("value")  # to be shortened
+    assert browser.find_element("id", "prompt").get_attribute("value") == long  # to be shortened
     assert not browser.find_elements("class name", "entry")
 
 
-def test_a_file_that_was_not_uploaded_is_named(
-    browser: Any, model: Path, tmp_path: Path, site: tuple[Page, FileServer]
-) -> None:
-    written = write_page(model, tmp_path / "page")
+def test_a_file_that_llama_cpp_refuses_is_said_to_be_so(browser: Any, model: Path, tmp_path: Path) -> None:
+    written = _page_or_skip(model, tmp_path / "page")
+    file = tmp_path / "page" / written.parts[0].file
+    file.write_bytes(b"FUGG" + file.read_bytes()[4:])
+    server = FileServer(tmp_path / "page")
+    browser.get(server.origin)
+    wait_for(browser, "!document.getElementById('start').hidden")
+    browser.find_element("id", "load").click()
+    wait_for(browser, "!document.getElementById('error').hidden")
+    server.close()
+    assert "invalid magic" in shown(browser, "error")
+
+
+def test_a_file_without_a_template_is_gone_on_with(browser: Any, model: Path, tmp_path: Path) -> None:
+    file = GGUFFile(model)
+    metadata = {key: value for key, value in file.metadata.items() if key != "tokenizer.chat_template"}
+    tensors = [Announced(name, file.info(name).shape, file.info(name).dtype) for name in file.names()]
+    with (tmp_path / "plain.gguf").open("wb") as out:
+        GGUFWriter(metadata, tensors, file.types).write(out, ((name, [file.raw(name)]) for name in file.names()))
+    written = _page_or_skip(tmp_path / "plain.gguf", tmp_path / "page")
+    server = FileServer(tmp_path / "page")
+    visit(browser, server)
+    answer = ask(browser, PROMPT, 6)
+    server.close()
+    assert not written.chat
+    assert answer == "".join(generate(tmp_path / "plain.gguf", PROMPT, 6, threads=1))
+
+
+def test_a_file_that_was_not_uploaded_is_named(browser: Any, model: Path, tmp_path: Path) -> None:
+    written = _page_or_skip(model, tmp_path / "page")
     (tmp_path / "page" / written.parts[0].file).unlink()
     server = FileServer(tmp_path / "page")
     browser.get(server.origin)

@@ -2,8 +2,8 @@
 
     index.html, style.css, page.js, model.js, download.js    the page
     isolate.js, headers.js    a service worker that asks the browser for threads, where a host sends no headers
-    page.json                 the parts of the model, for the script
-    wllama.*, compat.*        the runtime (whit.web.vendor)
+    page.json                 which file is which, for the script
+    wllama.js, compat.js, NAME-HASH.wasm    the runtime (whit.web.vendor): of its two builds a browser loads one
     NAME-HASH.gguf            the model, or its parts .gguf.01, .gguf.02, ...
 
 Any host of static files will do. Nothing is loaded from anywhere else, and a Content-Security-Policy sees to it.
@@ -20,7 +20,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ STATIC = Path(__file__).parent / "static"
 TEMPLATE = "index.html"
 PART_BYTES = 95_000_000  # GitHub takes files of at most 100 MiB
 MOST_BYTES = 3_700_000_000  # a page's memory ends at 4 GiB; keys, values and buffers need the rest
+BUILDS = {"wllama.wasm": "usual", "compat.wasm": "compat"}
 CONTEXT = 4096  # tokens, of conversation and answer together
 COPIED = 1 << 24  # bytes at a time
 
@@ -45,7 +46,7 @@ Report = Callable[[int, int, str], None]  # bytes done, bytes in all, what is be
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the model: its name beside the page, and its bytes."""
+    """A large file, or a piece of one: its name beside the page, and its bytes."""
 
     file: str
     bytes: int
@@ -95,11 +96,15 @@ def write_page(
     static = [path for path in sorted(STATIC.iterdir()) if path.name != TEMPLATE]
     small = sum(path.stat().st_size for path in [*runtime, *static])
     with whole_folder(folder, small + file.n_bytes, overwrite) as inside:
+        builds = {}
         for path in [*runtime, *static]:
-            shutil.copyfile(path, inside / path.name)
+            name = _named_by_content(path, ".wasm") if path.suffix == ".wasm" else path.name
+            shutil.copyfile(path, inside / name)
+            if path.name in BUILDS:
+                builds[BUILDS[path.name]] = Part(name, path.stat().st_size)
         parts = tuple(_write_parts(file, inside, progress))
         known = Page(folder, title, parts, 0, "tokenizer.chat_template" in file.metadata, _context(file, context))
-        (inside / "page.json").write_text(_for_the_script(known), encoding="utf-8")
+        (inside / "page.json").write_text(_for_the_script(known, builds), encoding="utf-8")
         (inside / TEMPLATE).write_text(_html(known, about, facts(file)), encoding="utf-8")
         n_bytes = sum(path.stat().st_size for path in inside.iterdir())
     return Page(folder, title, parts, n_bytes, known.chat, known.context)
@@ -156,10 +161,8 @@ def _short(n: int) -> str:
 
 
 def _write_parts(file: GGUFFile, folder: Path, progress: Report) -> Iterator[Part]:
+    name = _named_by_content(file.path, ".gguf")
     with file.path.open("rb") as source:
-        digest = hashlib.file_digest(source, "sha256").hexdigest()[:12]
-        name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', file.path.stem)}-{digest}.gguf"
-        source.seek(0)
         n_parts = -(-file.n_bytes // PART_BYTES)
         for number in range(n_parts):
             part = Part(
@@ -178,10 +181,16 @@ def _write_parts(file: GGUFFile, folder: Path, progress: Report) -> Iterator[Par
             yield part
 
 
-def _for_the_script(page: Page) -> str:
+def _named_by_content(path: Path, suffix: str) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', path.stem)}-{digest}{suffix}"
+
+
+def _for_the_script(page: Page, builds: Mapping[str, Part]) -> str:
     values = {
+        "runtime": {name: asdict(part) for name, part in builds.items()},
         "parts": [asdict(part) for part in page.parts],
-        "bytes": sum(part.bytes for part in page.parts),
         "chat": page.chat,
         "context": page.context,
     }

@@ -1,4 +1,4 @@
-// The model's parts as one Blob: from this browser's storage, or from the network into it.
+// Large files as Blobs: from this browser's storage, or from the network into it.
 
 const FOLDER = new URL('.', document.baseURI).href;
 
@@ -26,12 +26,11 @@ export async function forget() {
 }
 
 /**
- * The whole model. `report(bytes)` is called with what has arrived so far.
+ * The parts, each { file, bytes }, as Blobs. `report(bytes)` is called with what has arrived so far of all of them.
  * Throws DownloadError with a sentence for the visitor, or AbortError when the signal says so.
  */
 export async function download(parts, report, signal) {
   const store = await storage();
-  if (store) await dropOthers(store, parts);
   const room = store && (await hasRoom(parts));
   const blobs = [];
   let before = 0;
@@ -49,7 +48,8 @@ export async function download(parts, report, signal) {
     before += part.bytes;
     report(before);
   }
-  return new Blob(blobs);
+  if (store) await dropOthers(store, parts);
+  return blobs;
 }
 
 async function kept(store, part) {

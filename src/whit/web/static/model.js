@@ -2,8 +2,7 @@
 
 import { Wllama } from './wllama.js';
 
-const MIB = 2 ** 20;
-const LARGEST_COMPAT = 2048 * MIB; // offsets in a file have 31 bits there
+const LARGEST_COMPAT = 2 ** 31; // bytes: offsets in a file have 31 bits there
 
 /** Thrown with a sentence for the visitor. */
 export class ModelError extends Error {}
@@ -18,6 +17,19 @@ function threads() {
   return globalThis.crossOriginIsolated ? Math.min(8, Math.max(1, Math.floor(offered / 2))) : 1;
 }
 
+/** Which build of llama.cpp this browser needs, by wllama's own judgement: 'usual', or 'compat' (Safari). */
+export function build() {
+  return made('', {}).getWorkerResources().compat ? 'compat' : 'usual';
+}
+
+function made(wasm, logger) {
+  const quiet = { debug() {}, log() {}, warn() {}, error() {}, ...logger };
+  // The page downloads by itself; wllama's own stores are not asked for, and may not exist.
+  const runtime = new Wllama({ default: wasm || 'none' }, { logger: quiet, cacheManager: {}, modelManager: {} });
+  runtime.setCompat({ worker: 'compat.js', wasm }); // its default lies on another server
+  return runtime;
+}
+
 export class Model {
   #runtime;
   #chat;
@@ -27,18 +39,18 @@ export class Model {
     this.#chat = chat;
   }
 
-  /** Load a Blob with a GGUF file. `page` holds `context` (tokens) and `chat` (whether there is a template). */
-  static async load(page, blob) {
-    const compat = !('Suspending' in WebAssembly) && !/Firefox\//.test(navigator.userAgent);
-    if (compat && blob.size > LARGEST_COMPAT) {
+  /**
+   * Load a GGUF file with a build of llama.cpp, both of them Blobs: an address that fails would leave the worker waiting
+   * for ever. `page` holds `context` (tokens) and `chat` (whether there is a template). Throws ModelError.
+   */
+  static async load(page, wasm, blob) {
+    if (build() === 'compat' && blob.size > LARGEST_COMPAT) {
       throw new ModelError('This browser runs models of up to 2.1 GB. Try a recent version of Chrome, Edge or Firefox.');
     }
     const complaints = [];
     const note = (...words) => complaints.push(words.join(' '));
-    const logger = { debug() {}, log() {}, warn: note, error: note };
-    // The page downloads by itself; wllama's own stores are not asked for, and may not exist.
-    const runtime = new Wllama({ default: 'wllama.wasm' }, { logger, cacheManager: {}, modelManager: {} });
-    runtime.setCompat({ worker: 'compat.js', wasm: 'compat.wasm' }); // its default lies on another server
+    const address = URL.createObjectURL(new Blob([wasm], { type: 'application/wasm' }));
+    const runtime = made(address, { error: note });
     try {
       await runtime.loadModel([blob], {
         n_ctx: page.context,
@@ -48,9 +60,12 @@ export class Model {
         jinja: true,
         reasoning_format: 'none',
       });
+      if (!runtime.getLoadedContextInfo().success) throw new Error('llama.cpp refuses the file'); // wllama says nothing
     } catch (error) {
       await runtime.exit();
       throw new ModelError(whyNotLoaded(error, complaints));
+    } finally {
+      URL.revokeObjectURL(address);
     }
     return new Model(runtime, page.chat);
   }
@@ -93,7 +108,8 @@ function whyNotLoaded(error, complaints) {
   if (/exception handling|SIMD|version_mismatch|CompileError/i.test(said)) {
     return 'This browser is too old to run the model. Try a recent version of Chrome, Edge, Firefox or Safari.';
   }
-  return `The model could not be started: ${said.split('\n').findLast((line) => line.trim()) ?? 'no reason was given'}`;
+  const first = complaints.find((line) => line.trim()) ?? error?.message ?? 'no reason was given';
+  return `The model could not be started. llama.cpp says: ${first}`;
 }
 
 function whyNoAnswer(error) {

@@ -2,7 +2,7 @@
 
 import { DownloadError, download, forget, isStored } from './download.js';
 import { isolate } from './isolate.js';
-import { Model, ModelError } from './model.js';
+import { Model, ModelError, build } from './model.js';
 
 const at = (id) => document.getElementById(id);
 const show = (...ids) => {
@@ -12,6 +12,7 @@ const show = (...ids) => {
 const CUT_OFF = 'The answer was cut off: it has reached the longest length, or the context is full.';
 
 let page; // page.json
+let parts; // what this browser needs: a build of llama.cpp, and the model
 let model = null;
 let stopping = null; // the AbortController of what is going on
 let messages = [];
@@ -19,9 +20,20 @@ let messages = [];
 async function start() {
   at('not-started').hidden = true;
   if (await isolate()) return;
-  page = await (await fetch('page.json')).json();
-  if (await isStored(page.parts)) await load();
+  page = await facts();
+  parts = [page.runtime[build()], ...page.parts];
+  if (await isStored(parts)) await load();
   else show('start');
+}
+
+async function facts() {
+  try {
+    const reply = await fetch('page.json');
+    if (reply.ok) return await reply.json();
+  } catch {
+    // said below
+  }
+  throw new DownloadError('page.json could not be downloaded. Check the connection, and that all files were uploaded.');
 }
 
 async function load() {
@@ -29,13 +41,14 @@ async function load() {
   show('loading');
   stopping = new AbortController();
   at('cancel').hidden = false;
+  say('Loading the model.');
   at('cancel').focus();
   try {
-    const blob = await download(page.parts, showProgress, stopping.signal);
+    const [wasm, ...pieces] = await download(parts, showProgress, stopping.signal);
     at('cancel').hidden = true;
     at('progress-label').textContent = 'Starting the model';
     at('progress').removeAttribute('value');
-    model = await Model.load(page, blob);
+    model = await Model.load(page, wasm, new Blob(pieces));
   } catch (error) {
     show('start');
     at('load').focus();
@@ -52,9 +65,9 @@ async function load() {
 }
 
 function showProgress(bytes) {
-  at('progress').value = bytes / page.bytes;
-  at('progress-label').textContent =
-    `Loading the model: ${(bytes / 1e6).toFixed(0)} of ${(page.bytes / 1e6).toFixed(0)} MB`;
+  const all = parts.reduce((sum, part) => sum + part.bytes, 0);
+  at('progress').value = bytes / all;
+  at('progress-label').textContent = `Loading the model: ${(bytes / 1e6).toFixed(0)} of ${(all / 1e6).toFixed(0)} MB`;
 }
 
 async function ask(event) {
@@ -64,6 +77,7 @@ async function ask(event) {
   at('error').hidden = true;
   stopping = new AbortController();
   const asked = [...(page.chat ? messages : []), { role: 'user', content: text }];
+  at('prompt').value = '';
   const question = entry('question', page.chat ? 'You' : 'Text', text);
   const reply = entry('answer', page.chat ? 'Model' : 'Goes on', '');
   answering(true);
@@ -88,10 +102,10 @@ async function ask(event) {
   if (complete && !answer.trim()) end = 'The model has ended its answer without a word.';
   if (complete || answer) {
     messages = [...asked, { role: 'assistant', content: answer }];
-    at('prompt').value = '';
   } else {
-    question.box.remove(); // the text is still in the box, to be changed and sent again
+    question.box.remove();
     reply.box.remove();
+    at('prompt').value = text; // to be changed and sent again
   }
   reply.box.setAttribute('aria-busy', 'false');
   answering(false);
