@@ -309,5 +309,5 @@ def test_everything_that_can_be_used_has_a_name(browser: Any, site: tuple[Page, 
     ]
     assert ("textbox", "Your message") in used
     assert ("button", "Send") in used
-    assert len(used) == 9
+    assert len(used) == 10
     assert all(name for _, name in used), used

@@ -22,7 +22,7 @@ export async function isStored(parts) {
 }
 
 export async function forget() {
-  await caches.delete(`whit ${FOLDER}`);
+  await globalThis.caches?.delete(`whit ${FOLDER}`);
 }
 
 /**
