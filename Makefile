@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TESTS ?= tests
 
-.PHONY: install demo test check bench docs docs-examples clean
+.PHONY: install demo test web-assets check bench docs docs-examples clean
 
 install: $(STAMP)
 
@@ -22,8 +22,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/whit demo
 
+# llama.cpp for browsers, for `whit web`: fetched with npm and checked; a wheel that is built afterwards holds it.
+web-assets: install
+	$(BIN)/python -m whit.web.vendor
+
+# The tests of pages need these files, npm and Chromium; they are skipped where something is missing.
 # One thread per worker: threads of two workers that wait for each other on two cores take five times as long.
 test: install
+	-@if command -v npm >/dev/null; then $(BIN)/python -m whit.web.vendor; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 check: install

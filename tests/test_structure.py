@@ -19,7 +19,7 @@ LAYERS = {
     "grids": 1,
     "kernels": 2, "rounding": 2, "layouts": 2,
     "checkpoints": 3, "calibration": 3, "transforms": 3,
-    "models": 4,
+    "models": 4, "web": 4,
     "recipes": 5,
     "evaluation": 6,
     "pipeline": 7,

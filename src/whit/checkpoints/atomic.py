@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from whit.errors import OutputError
 
+MARKS = ("config.json", "whit.json", "page.json")  # a folder with one of them was written by a command like this one
+
 
 @contextmanager
 def whole_file(path: Path, n_bytes: int, overwrite: bool) -> Iterator[BinaryIO]:
@@ -85,7 +87,7 @@ def check_folder(path: Path, n_bytes: int, overwrite: bool) -> None:
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise OutputError(f"{path}: exists already. Choose another name, or add --force to replace it.")
-        if not any((path / name).is_file() for name in ("config.json", "whit.json")):
+        if not any((path / name).is_file() for name in MARKS):
             raise OutputError(f"{path}: holds other things than a model and is not replaced. Choose another folder.")
     _check_place(path, n_bytes)
 

@@ -37,6 +37,7 @@ VERBS = {
     "run": ("whit.cli.run", "Let a model answer a prompt."),
     "chat": ("whit.cli.chat", "Talk with a model in the terminal."),
     "serve": ("whit.cli.serve", "Serve a model with OpenAI's HTTP interface."),
+    "web": ("whit.cli.web", "Write a page that runs a GGUF file in the visitor's browser."),
     "memory": ("whit.cli.memory", "Bytes to store, run and train a model, before doing it."),
     "inspect": ("whit.cli.inspect", "List the metadata and tensors of a file or folder."),
     "explain": ("whit.cli.explain", "Draw how number formats hold a number."),
