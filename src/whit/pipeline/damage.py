@@ -87,7 +87,7 @@ def scan(written: Model, second: Decoded, original: Model, progress: Progress | 
     tell = progress or (lambda done, total, what: None)
     mine, view = {tensor.name: tensor for tensor in second.view.tensors}, model_view(original)
     theirs = {tensor.name: tensor for tensor in view.tensors}
-    _check_shapes(written, original, second.view, view)
+    check_shapes(written, original, second.view, view)
     names = [name for name in mine if name in theirs]  # a head that equals the embedding may be in one of them
     stored, frame = stored_of(written), Frame(view)
     damages: dict[str, Damage] = {}
@@ -109,6 +109,22 @@ def scan(written: Model, second: Decoded, original: Model, progress: Progress | 
             done += theirs[name].n_weights
     tell(total, total, "looked at all tensors")
     return Scan({name: damages[name] for name in names}, types, bits, disagree, frame)
+
+
+def check_shapes(written: Model, original: Model, mine: GGUFView, theirs: GGUFView) -> None:
+    """Raise ModelError when a file, seen as `mine`, is no quantized form of the original, seen as `theirs`."""
+    shapes = {tensor.name: tensor.shape for tensor in theirs.tensors}
+    if mine.architecture != theirs.architecture:
+        raise ModelError(
+            f"{written.label} is a {mine.architecture} model, {original.label} a {theirs.architecture} one."
+        )
+    for tensor in mine.tensors:
+        expected = shapes.get(tensor.name, tensor.shape)
+        if tensor.shape != expected:
+            raise ModelError(
+                f"{tensor.name} is {list(tensor.shape)} in {written.label} and {list(expected)} in {original.label}: "
+                "they are different models. Give the model that the file was made from."
+            )
 
 
 def _first(written: Model, stored: Stored, name: str) -> tuple[Tensor, Grid | None, str]:
@@ -165,18 +181,3 @@ def _split(name: str) -> tuple[str, str]:
         return "", name
     _, block, kind = name.split(".", 2)
     return block, kind
-
-
-def _check_shapes(written: Model, original: Model, mine: GGUFView, theirs: GGUFView) -> None:
-    shapes = {tensor.name: tensor.shape for tensor in theirs.tensors}
-    if mine.architecture != theirs.architecture:
-        raise ModelError(
-            f"{written.label} is a {mine.architecture} model, {original.label} a {theirs.architecture} one."
-        )
-    for tensor in mine.tensors:
-        expected = shapes.get(tensor.name, tensor.shape)
-        if tensor.shape != expected:
-            raise ModelError(
-                f"{tensor.name} is {list(tensor.shape)} in {written.label} and {list(expected)} in {original.label}: "
-                "they are different models. Give the model that the file was made from."
-            )
