@@ -123,7 +123,8 @@ def blame(files: Sequence[FileFacts]) -> Iterator[str]:
         if len(verified.faults) > FAULTS:
             yield f"{each.name} has {len(verified.faults) - FAULTS} more faults."
         if verified.result is None:
-            yield f"{each.name} was not measured: {verified.verdict.why.rstrip('.')}."
+            why = verified.verdict.why.removeprefix(f"{each.name}: ").rstrip(".")
+            yield f"{each.name} was not measured: {why}."
             continue
         yield from _tensors(each)
         role = worst_role(each.matrices)

@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from os.path import abspath
 from pathlib import Path
@@ -25,7 +26,7 @@ from whit.models.open import open_model
 from whit.models.tokenizer import Tokenizer, load_tokenizer
 from whit.pipeline.damage import check_shapes
 from whit.pipeline.quantize import Progress, model_view
-from whit.pipeline.verify import Looked, Original, looked_at
+from whit.pipeline.verify import Looked, Original, Verified, looked_at
 from whit.report.facts import Coverage, FileFacts, Matrix, Prompt, Report, Said, Seen
 
 WRITTEN = 40  # tokens that every prompt is continued by
@@ -66,7 +67,7 @@ def gathered(
             for prompt, ids in zip(beside.prompts.tolist(), said.tolist(), strict=True)
         )
     return Report(
-        printable(original.label),
+        _called(original),
         original.n_bytes,
         bits_per_weight(original),
         text.description,
@@ -116,6 +117,12 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
+def _called(model: Model) -> str:
+    """As it was typed, without the folders around it: a page may be given away."""
+    path = Path(model.label)
+    return printable(path.resolve().name if path.exists() else model.label)
+
+
 def _opened(files: Sequence[Path], original: Model) -> dict[Path, Model | None]:
     """Every file from its headers, None for one that cannot be read; the report will say why."""
     view, opened = model_view(original), dict[Path, Model | None]()
@@ -142,20 +149,21 @@ def _file(
     tensors: dict[str, GGUFTensor],
 ) -> FileFacts:
     said: tuple[Said, ...] = ()
+    verified = _without_folders(looked.verified, path, name)
     if looked.said is not None:
         _, expected = original.read(lambda done, total, what: None)
         pairs = zip(looked.said, expected, strict=True)
         said = tuple(_said(mine, theirs, tokenizer) for mine, theirs in pairs)
     if model is None:
         n_bytes = sum(each.stat().st_size for each in ([path] if path.is_file() else path.iterdir()) if each.is_file())
-        return FileFacts(name, "folder" if path.is_dir() else "file", n_bytes, None, looked.verified)
+        return FileFacts(name, "folder" if path.is_dir() else "file", n_bytes, None, verified)
     kind = "GGUF" if model.gguf_tensors is not None else str(model.quantization.get("quant_method") or "floats")
     return FileFacts(
         name,
         printable(kind)[:LONGEST],
         model.n_bytes,
         bits_per_weight(model),
-        looked.verified,
+        verified,
         *_making(model),
         _matrices(looked, tensors),
         looked.tokens,
@@ -163,11 +171,21 @@ def _file(
     )
 
 
+def _without_folders(verified: Verified, path: Path, name: str) -> Verified:
+    """What was found, with the file called as everywhere on the page."""
+
+    def named(text: str) -> str:
+        return printable(text.replace(str(path), name))
+
+    word = replace(verified.verdict, why=named(verified.verdict.why))
+    return replace(verified, verdict=word, faults=tuple(map(named, verified.faults)))
+
+
 def _said(mine: Tensor, theirs: Tensor, tokenizer: Tokenizer) -> Said:
     """mine, theirs  [tokens] int64"""
     n = int((mine == theirs).long().cumprod(0).sum())
     whole, same = tokenizer.decode(mine.tolist()), tokenizer.decode(mine[:n].tolist())
-    # A character may be made of several tokens, of which only the first are alike.
+    # Where a character is made of several tokens, some of which are alike, the difference begins with it.
     cut = next((k for k, (a, b) in enumerate(zip(whole, same, strict=False)) if a != b), min(len(whole), len(same)))
     return Said(whole[:cut], whole[cut:], n, len(mine)) if n < len(mine) else Said(whole, "", n, n)
 
