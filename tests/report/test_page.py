@@ -103,7 +103,6 @@ def test_nothing_is_loaded_and_nothing_runs(html: str) -> None:
     assert not [each for _, each in outline.found if any(name.startswith("on") for name in each)]
     assert all((each.get("href") or "#").startswith("#") for _, each in outline.found)
     assert not re.search(r"https?://(?!www\.w3\.org)", html)
-    assert "49" not in re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL).split("Prompt 1")[1][:3000]
 
 
 def test_names_and_texts_are_shown_as_letters(html: str) -> None:
@@ -122,8 +121,8 @@ def test_first_differences_are_marked_and_said(html: str) -> None:
 
 def test_everything_that_was_found_is_on_it(html: str) -> None:
     text = Outline(html).text
-    for part in ("not measured: it is truncated", "0.3 ± ", "Take ", "2 of them", "1 of them: 1", "25.0 % of blk.0"):
-        assert part in text or part == "2 of them"
+    for part in ("not measured: it is truncated", "0.3 ± ", "Take b", "1 of them: 1", "25.0 % of blk.0"):
+        assert part in text
     for part in ("Loss over size", "Token by token", "Layer by layer", "Calibration", "In their own words"):
         assert part in text
 
@@ -242,7 +241,7 @@ def test_by_keyboard(browser: Any, html: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(html, encoding="utf-8")
     shown(browser, path, 360, "light")
-    keys = __import__("selenium.webdriver", fromlist=["Keys"]).Keys
+    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
     reached = []
     for _ in range(60):
         browser.switch_to.active_element.send_keys(keys.TAB)
@@ -256,11 +255,11 @@ def test_by_keyboard(browser: Any, html: str, tmp_path: Path) -> None:
     assert browser.execute_script(ring) == "solid"
     here.send_keys(keys.ENTER)
     assert browser.execute_script("return document.activeElement.parentElement.open")
-    scroll = browser.execute_script(
-        "const e = document.querySelector('.scroll'); e.focus(); return e.scrollWidth > e.clientWidth"
-    )
-    assert scroll
-    browser.switch_to.active_element.send_keys(keys.ARROW_RIGHT)
+    box = browser.find_element("class name", "scroll")
+    browser.execute_script("arguments[0].focus()", box)
+    box.send_keys(keys.ARROW_RIGHT)
+    moved = "return new Promise(done => setTimeout(() => done(arguments[0].scrollLeft), 400))"
+    assert browser.execute_script(moved, box) > 0
 
 
 def rgb(colour: str) -> str:

@@ -63,6 +63,11 @@ def loss(file: FileFacts) -> float:
     return math.inf if result is None or math.isnan(result.kl_mean) else result.kl_mean
 
 
+def size(n_bytes: int) -> str:
+    """Decimal megabytes, or gigabytes."""
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.2f} GB"
+
+
 def choice(files: Sequence[FileFacts]) -> Iterator[str]:
     """The file to take, what more and less bytes would do, and which are not worth their bytes."""
     sound = [each for each in files if each.verified.verdict.passed and each.tokens is not None]
@@ -89,21 +94,21 @@ def choice(files: Sequence[FileFacts]) -> Iterator[str]:
     if larger:
         best = min(larger, key=loss)
         yield (
-            f"Where {_mb(best.n_bytes - taken.n_bytes)} more do not matter, {best.name} loses "
+            f"Where {size(best.n_bytes - taken.n_bytes)} more do not matter, {best.name} loses "
             f"{_times(loss(taken), loss(best))} ({_figures(best)})."
         )
     smaller = [each for each in sound if each.n_bytes < taken.n_bytes and words[each.name] == USABLE]
     if smaller:
         best = min(smaller, key=loss)
         yield (
-            f"Where that is too large, {best.name} saves {_mb(taken.n_bytes - best.n_bytes)} and loses "
+            f"Where that is too large, {best.name} saves {size(taken.n_bytes - best.n_bytes)} and loses "
             f"{_times(loss(best), loss(taken), more=True)}; it is {USABLE} ({_figures(best)})."
         )
     for name, better in beaten(sound).items():
         each = next(file for file in sound if file.name == name)
         difference, error = _between(each, better)
-        size = "is no larger" if better.n_bytes == each.n_bytes else f"is {_mb(each.n_bytes - better.n_bytes)} smaller"
-        yield f"{name} is not worth its bytes: {better.name} {size} and loses {difference:.3g} ± {error:.1g} nats less."
+        gain = "is no larger" if better.n_bytes == each.n_bytes else f"is {size(each.n_bytes - better.n_bytes)} smaller"
+        yield f"{name} is not worth its bytes: {better.name} {gain} and loses {difference:.3g} ± {error:.1g} nats less."
     for first, second in _alike(sound):
         difference, error = _between(first, second)
         yield (
@@ -152,6 +157,12 @@ def following(report: Report) -> Iterator[str]:
             )
         if verdict.word != EXCELLENT:
             yield from _better(each)
+    if plain := [each.name for each in report.files if _plainly_rounded(each)]:
+        yield (
+            f"The matrices of {' and '.join(plain)} are as far off as plain rounding leaves them. At the same size, "
+            "rounding on a text loses less as a rule (whit quantize without --rounding nearest), and a file that exists "
+            "can have better scales (whit distil)."
+        )
     if report.coverage is not None:
         yield from coverage_gaps(report.coverage)
 
@@ -201,20 +212,21 @@ def beside_plain(matrices: Sequence[Matrix]) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
+def _plainly_rounded(file: FileFacts) -> bool:
+    """Whether it loses something by plain rounding, and by that alone."""
+    ratio, verdict = beside_plain(file.matrices), file.verified.verdict
+    measured = file.verified.result is not None and not file.verified.faults
+    return measured and verdict.word != EXCELLENT and ratio is not None and abs(ratio - 1) < PLAIN
+
+
 def _better(file: FileFacts) -> Iterator[str]:
     ratio = beside_plain(file.matrices)
-    if ratio is not None and abs(ratio - 1) < PLAIN:
-        yield (
-            f"The matrices of {file.name} are as far off as plain rounding leaves them. At the same size, rounding on "
-            "a text loses less as a rule (whit quantize without --rounding nearest), and this very file can have "
-            "better scales (whit distil)."
-        )
-    elif ratio is not None and ratio > 1:
+    if ratio is not None and ratio >= 1 + PLAIN:
         yield (
             f"The matrices of {file.name} are {ratio:.2f} times as far off as plain rounding leaves them, as error "
             "feedback on a text does: what is left to gain at this size is training (whit tune)."
         )
-    elif ratio is not None:
+    elif ratio is not None and ratio <= 1 - PLAIN:
         yield (
             f"The matrices of {file.name} are {ratio:.2f} times as far off as plain rounding leaves them: their scales "
             "were searched. Error feedback on a text (whit quantize without --rounding) or training (whit tune) may "
@@ -285,11 +297,7 @@ def _rms(matrices: Sequence[Matrix]) -> float:
 def _figures(file: FileFacts) -> str:
     result = file.verified.result
     same = "" if result is None else f", same top token {result.same_top:.1%}"
-    return f"{_mb(file.n_bytes)}, {loss(file):.3g} nats{same}"
-
-
-def _mb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:.1f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.2f} GB"
+    return f"{size(file.n_bytes)}, {loss(file):.3g} nats{same}"
 
 
 def _times(large: float, small: float, more: bool = False) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from whit.evaluation.verdict import LIMITS
-from whit.report.advice import advice
+from whit.report.advice import advice, size
 from whit.report.facts import Coverage, Report, by_size
 from whit.report.pictures import Picture, inline
 
@@ -93,13 +93,9 @@ def experts(coverage: Coverage) -> list[Experts]:
 
 def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    environment.filters |= {"size": _size, "number": _number, "short": _short, "percent": _percent, "text": _text}
+    environment.filters |= {"size": size, "number": _number, "short": _short, "percent": _percent, "text": _text}
     source = files("whit.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source)
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:.1f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.2f} GB"
 
 
 def _number(value: float) -> str:

@@ -27,7 +27,7 @@ FILL, LINE, EDGE = "#4a8fa8", "#b5651d", "#7f7f7f"
 SMALLEST = 1e-7  # nats; less is drawn as this
 BINS = 60
 COLOURS, SHADES = "cividis", 24  # lightness grows evenly, for every kind of sight and without colour
-MOST_BITS = 16
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ def pictures(report: Report) -> tuple[Picture, ...]:
         if measured := [each for each in by_size(report.files) if each.tokens is not None]:
             drawn.append(Picture("tokens", _tokens(measured), _tokens_says(measured)))
         errors = [each.error for file in report.files for each in _layered(file) if 0 < each.error < math.inf]
-        scale = (min(errors), max(errors)) if errors else (1e-3, 1.0)
+        bits = [each.bits for file in report.files for each in _layered(file) if each.bits > 0]
+        scales = (min(errors, default=1e-3), max(errors, default=1.0)), (min(bits, default=0), max(bits, default=16))
         for index, (file, name) in enumerate(zip(report.files, _file_names(report.files), strict=True)):
             if inside := _layered(file):
-                figure = _layers(file.name, inside, scale)
+                figure = _layers(file.name, inside, *scales)
                 drawn.append(Picture(f"layers-{name}", figure, _layers_says(file.name, inside), index))
         for each in drawn:
             each.figure.draw_without_rendering()
@@ -159,7 +160,8 @@ def _tokens_says(files: Sequence[FileFacts]) -> str:
     return "Histograms of the divergence per token, a row per file. " + "; ".join(parts) + "."
 
 
-def _layers(name: str, matrices: Sequence[Matrix], scale: tuple[float, float]) -> Any:
+def _layers(name: str, matrices: Sequence[Matrix], scale: Range, widths: Range) -> Any:
+    """scale, widths: least and most of the errors and of the bits per weight, of all files"""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
@@ -174,9 +176,15 @@ def _layers(name: str, matrices: Sequence[Matrix], scale: tuple[float, float]) -
     figure = Figure(figsize=(WIDTH, 1.3 + 0.42 * len(roles)), layout="constrained")
     figure.suptitle(_brief(name), x=0.01, ha="left", fontsize=11, parse_math=False)
     colours = colormaps[COLOURS].resampled(SHADES)
+    low, high = math.floor(widths[0]), max(math.ceil(widths[1]), math.floor(widths[0]) + 1)
     panels = (
         (errors, LogNorm(scale[0] * 0.999, scale[1] * 1.001), "relative error", _percents(*scale)),
-        (bits, Normalize(0, MOST_BITS), "bits per weight", {k: str(k) for k in range(0, MOST_BITS + 1, 4)}),
+        (
+            bits,
+            Normalize(low, high),
+            "bits per weight",
+            {k: str(k) for k in range(low, high + 1, max(1, (high - low) // 4))},
+        ),
     )
     for axes, (values, norm, title, ticks) in zip(figure.subplots(2, 1, sharex=True), panels, strict=True):
         mesh = axes.pcolormesh(values, cmap=colours, norm=norm, edgecolors="face", linewidth=0.3)
