@@ -160,7 +160,7 @@ def following(report: Report) -> Iterator[str]:
     if plain := [each.name for each in report.files if _plainly_rounded(each)]:
         yield (
             f"The matrices of {' and '.join(plain)} are as far off as plain rounding leaves them. At the same size, "
-            "rounding on a text loses less as a rule (whit quantize without --rounding nearest), and a file that exists "
+            "rounding on a text loses less as a rule (whit quantize without --rounding nearest), and an existing file "
             "can have better scales (whit distil)."
         )
     if report.coverage is not None:
