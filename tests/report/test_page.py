@@ -121,7 +121,7 @@ def test_first_differences_are_marked_and_said(html: str) -> None:
 
 def test_everything_that_was_found_is_on_it(html: str) -> None:
     text = Outline(html).text
-    for part in ("not measured: it is truncated", "0.3 ± ", "Take b", "1 of them: 1", "25.0 % of blk.0"):
+    for part in ("not measured: it is truncated", "0.3 ± ", f"Take {NAME}", "1 of them: 1", "25.0 % of blk.0"):
         assert part in text
     for part in ("Loss over size", "Token by token", "Layer by layer", "Calibration", "In their own words"):
         assert part in text

@@ -177,7 +177,7 @@ def _layers(name: str, matrices: Sequence[Matrix], scale: Range, widths: Range) 
     figure.suptitle(_brief(name), x=0.01, ha="left", fontsize=11, parse_math=False)
     colours = colormaps[COLOURS].resampled(SHADES)
     low, high = math.floor(widths[0]), max(math.ceil(widths[1]), math.floor(widths[0]) + 1)
-    panels = (
+    panels: tuple[tuple[Any, Any, str, Mapping[Any, str]], ...] = (
         (errors, LogNorm(scale[0] * 0.999, scale[1] * 1.001), "relative error", _percents(*scale)),
         (
             bits,
