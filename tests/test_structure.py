@@ -23,7 +23,7 @@ LAYERS = {
     "recipes": 5,
     "evaluation": 6,
     "pipeline": 7,
-    "live": 8,
+    "live": 8, "report": 8,
     "quanto": 9, "tune": 9, "runtime": 9,
     "cli": 10,
 }  # fmt: skip

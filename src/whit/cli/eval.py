@@ -18,7 +18,7 @@ from whit.calibration.text import WINDOW, Text, default_text, read_text, windows
 from whit.cli.progress import progress_bar
 from whit.evaluation.compare import compare, scored
 from whit.evaluation.divergence import Comparison
-from whit.models.model import Model
+from whit.models.model import Model, bits_per_weight
 from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer
 
@@ -76,12 +76,6 @@ def measure_files(candidate: str, against: str, text_path: Path | None, n_window
         result = compare(opened, reference, used, progress=progress)
     seconds = time.perf_counter() - started
     return Measurement(opened, reference, text, len(used), len(ids) // WINDOW, result, seconds)
-
-
-def bits_per_weight(model: Model) -> float:
-    """Bits of all weight files, headers and tokenizer of a GGUF file included, per weight in them."""
-    source = model.tensors if model.gguf_tensors is None else model.gguf_tensors
-    return 8 * model.n_bytes / sum(math.prod(source.info(name).shape) for name in source.names())
 
 
 def flat(measurement: Measurement) -> dict[str, Any]:

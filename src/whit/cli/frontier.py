@@ -16,11 +16,12 @@ from whit.calibration.text import WINDOW, default_text, read_text, windows
 from whit.checkpoints.atomic import check_target, whole_file
 from whit.cli.budget import frontier_sizes, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, calibration_for, longest
-from whit.cli.eval import DEFAULT_WINDOWS, bits_per_weight
+from whit.cli.eval import DEFAULT_WINDOWS
 from whit.cli.progress import progress_bar
 from whit.errors import OutputError, RecipeError
 from whit.evaluation.compare import compare_states, final_states
 from whit.evaluation.frontier import Point, draw, drawing
+from whit.models.model import bits_per_weight
 from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.allocate import Allocator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,3 +40,9 @@ class Model:
     gguf_types: Mapping[str, GGUFType] = field(default_factory=dict)
     gguf_tensors: GGUFFile | None = None
     quantization: Mapping[str, Any] = field(default_factory=dict)
+
+
+def bits_per_weight(model: Model) -> float:
+    """Bits of all weight files, headers and tokenizer of a GGUF file included, per weight in them."""
+    source = model.tensors if model.gguf_tensors is None else model.gguf_tensors
+    return 8 * model.n_bytes / sum(math.prod(source.info(name).shape) for name in source.names())

@@ -6,6 +6,7 @@ the original.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -52,12 +53,14 @@ class Scan:
 
     damages   of every tensor, in file order
     types     the name of each tensor's grid
+    bits      per weight of each tensor, scales included; not a number where parts are on different grids
     disagree  tensors that the two decoders read differently, by how much of their size
     frame     brings the file's tensors beside the original's
     """
 
     damages: Mapping[str, Damage]
     types: Mapping[str, str]
+    bits: Mapping[str, float]
     disagree: Mapping[str, float]
     frame: Frame
 
@@ -84,11 +87,12 @@ def scan(written: Model, second: Decoded, original: Model, progress: Progress | 
     tell = progress or (lambda done, total, what: None)
     mine, view = {tensor.name: tensor for tensor in second.view.tensors}, model_view(original)
     theirs = {tensor.name: tensor for tensor in view.tensors}
-    _check_shapes(written, original, second.view, view)
+    check_shapes(written, original, second.view, view)
     names = [name for name in mine if name in theirs]  # a head that equals the embedding may be in one of them
     stored, frame = stored_of(written), Frame(view)
     damages: dict[str, Damage] = {}
     types: dict[str, str] = {}
+    bits: dict[str, float] = {}
     disagree: dict[str, float] = {}
     done, total = 0, sum(theirs[name].n_weights for name in names)
     for prefix, block in by_block(names).items():
@@ -97,13 +101,30 @@ def scan(written: Model, second: Decoded, original: Model, progress: Progress | 
         for name in block:
             tell(done, total, f"looking at {name}")
             first, grid, types[name] = _first(written, stored, name)
+            bits[name] = _bits(written, grid, name, theirs[name])
             difference = (first.view(Q[name].shape) - Q[name]).norm() / first.norm().clamp_min(1e-30)
             if not difference <= AGREE:  # not a number is no agreement
                 disagree[name] = difference.item()
             damages[name] = _damage(frame.undo(name, Q[name]), W[name], grid, _others(name, theirs))
             done += theirs[name].n_weights
     tell(total, total, "looked at all tensors")
-    return Scan({name: damages[name] for name in names}, types, disagree, frame)
+    return Scan({name: damages[name] for name in names}, types, bits, disagree, frame)
+
+
+def check_shapes(written: Model, original: Model, mine: GGUFView, theirs: GGUFView) -> None:
+    """Raise ModelError when a file, seen as `mine`, is no quantized form of the original, seen as `theirs`."""
+    shapes = {tensor.name: tensor.shape for tensor in theirs.tensors}
+    if mine.architecture != theirs.architecture:
+        raise ModelError(
+            f"{written.label} is a {mine.architecture} model, {original.label} a {theirs.architecture} one."
+        )
+    for tensor in mine.tensors:
+        expected = shapes.get(tensor.name, tensor.shape)
+        if tensor.shape != expected:
+            raise ModelError(
+                f"{tensor.name} is {list(tensor.shape)} in {written.label} and {list(expected)} in {original.label}: "
+                "they are different models. Give the model that the file was made from."
+            )
 
 
 def _first(written: Model, stored: Stored, name: str) -> tuple[Tensor, Grid | None, str]:
@@ -120,6 +141,13 @@ def _first(written: Model, stored: Stored, name: str) -> tuple[Tensor, Grid | No
         kind = next((kind for kind in ("f16", "bf16") if torch.equal(W.to(DTYPES[kind]).float(), W)), "f32")
         return W, GRIDS[kind], kind
     return torch.cat([each.dequantize() for each in matrices]), matrices[0].grid, grid_name(matrices[0].grid)
+
+
+def _bits(written: Model, grid: Grid | None, name: str, tensor: GGUFTensor) -> float:
+    if grid is not None:
+        return grid.bits_per_weight(tensor.shape[-1])
+    file = written.gguf_tensors
+    return math.nan if file is None else 8 * file.info(name).n_bytes / tensor.n_weights
 
 
 def _damage(Q: Tensor, W: Tensor, grid: Grid | None, others: Mapping[str, Read]) -> Damage:
@@ -153,18 +181,3 @@ def _split(name: str) -> tuple[str, str]:
         return "", name
     _, block, kind = name.split(".", 2)
     return block, kind
-
-
-def _check_shapes(written: Model, original: Model, mine: GGUFView, theirs: GGUFView) -> None:
-    shapes = {tensor.name: tensor.shape for tensor in theirs.tensors}
-    if mine.architecture != theirs.architecture:
-        raise ModelError(
-            f"{written.label} is a {mine.architecture} model, {original.label} a {theirs.architecture} one."
-        )
-    for tensor in mine.tensors:
-        expected = shapes.get(tensor.name, tensor.shape)
-        if tensor.shape != expected:
-            raise ModelError(
-                f"{tensor.name} is {list(tensor.shape)} in {written.label} and {list(expected)} in {original.label}: "
-                "they are different models. Give the model that the file was made from."
-            )

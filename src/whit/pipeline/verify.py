@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from whit.checkpoints.second import check_header
 from whit.errors import BadWeightsError, BrokenFileError
-from whit.evaluation.compare import compare_states, final_states
+from whit.evaluation.compare import FinalStates, final_states, token_measures
 from whit.evaluation.continuations import Continuations, compared, greedy
 from whit.evaluation.diagnosis import Damage
-from whit.evaluation.divergence import Comparison
+from whit.evaluation.divergence import Comparison, TokenMeasures, summarize
 from whit.evaluation.verdict import Verdict, verdict
 from whit.models.model import Model
 from whit.models.open import open_model
@@ -73,15 +73,48 @@ class Verified:
     seconds: float = 0.0
 
 
-@dataclass
-class _Written:
-    """Greedy continuations, filled in while models are loaded for something else."""
+@dataclass(frozen=True)
+class Looked:
+    """A verdict, and what it was made from; None where the file could not be read or run so far.
 
-    prompts: Tensor
-    by_model: list[Tensor] = field(default_factory=list)
+    scan    tensor by tensor
+    tokens  of every scored position
+    said    [prompts, written] int64   greedy continuations of the original's prompts
+    """
 
-    def add(self, module: nn.Module) -> None:
-        self.by_model.append(greedy(module, self.prompts, WRITTEN))
+    verified: Verified
+    scan: Scan | None = None
+    tokens: TokenMeasures | None = None
+    said: Tensor | None = None
+
+
+class Original:
+    """The model that files were made from. It is read when that is first needed; files that follow share the result.
+
+    windows  [n, length] int64, of its tokenizer: what is measured on
+    prompts  [prompts, tokens] int64: beginnings of windows, continued greedily
+    """
+
+    def __init__(self, model: Model, windows: Tensor, written: int = WRITTEN) -> None:
+        """written  tokens that every prompt is continued by"""
+        self.model, self.windows = model, windows
+        self.prompts = windows[:PROMPTS, : min(PROMPT, windows.shape[1] // 2)]
+        self._written = written
+        self._read: tuple[FinalStates, Tensor] | None = None
+
+    def read(self, progress: Progress) -> tuple[FinalStates, Tensor]:
+        """What is left of it when it has read the windows, and its own continuations [prompts, written] int64."""
+        if self._read is None:
+            self._read = self.read_by(self.model, progress)
+        return self._read
+
+    def read_by(self, model: Model, progress: Progress) -> tuple[FinalStates, Tensor]:
+        """The same of another model. Raises as `final_states` does."""
+        said: list[Tensor] = []
+        states = final_states(
+            model, self.windows, progress, lambda module: said.append(greedy(module, self.prompts, self._written))
+        )
+        return states, said[0]
 
 
 def verify(path: Path, original: Model, windows: Tensor, progress: Progress | None = None) -> Verified:
@@ -91,28 +124,34 @@ def verify(path: Path, original: Model, windows: Tensor, progress: Progress | No
     Raises ModelError when the original cannot be used or the file is another model, TextError as `compare` does. A file
     that cannot be read or run is no error but a verdict.
     """
+    return looked_at(path, Original(original, windows), progress).verified
+
+
+def looked_at(path: Path, original: Original, progress: Progress | None = None) -> Looked:
+    """`verify`, with what was found on the way."""
     started, tell = time.perf_counter(), progress or (lambda done, total, what: None)
-    model_view(original)  # whatever is wrong with it is no fault of the file
+    model_view(original.model)  # whatever is wrong with it is no fault of the file
     try:
         findings = tuple(of_its_kind(path, lint(path)))
         written = open_model(path)
         if written.gguf_tensors is not None:
             check_header(written.gguf_tensors)
         second = decoded(written)
-        looked = scan(written, second, original, _part(tell, 0, 30))
+        looked = scan(written, second, original.model, _part(tell, 0, 30))
     except (BrokenFileError, BadWeightsError) as error:
-        return Verified(verdict(None, (), str(error)), seconds=time.perf_counter() - started)
+        return Looked(Verified(verdict(None, (), str(error)), seconds=time.perf_counter() - started))
     faults = (*_of_labels(findings), *_of_decoders(looked.disagree, len(looked.damages)), *_of_tensors(looked))
-    result, said, unreadable = None, None, ""
+    result, tokens, said, continuations, unreadable = None, None, None, None, ""
     try:
-        result, said = _measured(second.model, original, windows, _part(tell, 30, 80))
+        tokens, said, continuations = _measured(second.model, original, _part(tell, 30, 80))
+        result = summarize(tokens)
     except BadWeightsError as error:
         unreadable = str(error)
-    culprits = _culprits(looked, second, original, windows[:1, :TRIED], _part(tell, 80, 100))
-    return Verified(
+    culprits = _culprits(looked, second, original.model, original.windows[:1, :TRIED], _part(tell, 80, 100))
+    verified = Verified(
         verdict(result, faults, unreadable),
         result,
-        said,
+        continuations,
         faults,
         culprits,
         findings,
@@ -120,6 +159,7 @@ def verify(path: Path, original: Model, windows: Tensor, progress: Progress | No
         len(second.alone),
         time.perf_counter() - started,
     )
+    return Looked(verified, looked, tokens, said)
 
 
 def of_its_kind(path: Path, findings: Sequence[Finding]) -> list[Finding]:
@@ -159,15 +199,12 @@ def _of_tensors(looked: Scan) -> list[str]:
     return lines
 
 
-def _measured(
-    candidate: Model, original: Model, windows: Tensor, tell: Progress
-) -> tuple[Comparison, Continuations | None]:
-    n, length = windows.shape
-    said = _Written(windows[:PROMPTS, : min(PROMPT, length // 2)])
-    reference = final_states(original, windows, lambda done, _, what: tell(done, 3 * n, what), said.add)
-    states = final_states(candidate, windows, lambda done, _, what: tell(n + done, 3 * n, what), said.add)
-    result = compare_states(states, reference, windows, lambda done, _, what: tell(2 * n + done, 3 * n, what))
-    return result, compared(said.by_model[1], said.by_model[0])
+def _measured(candidate: Model, original: Original, tell: Progress) -> tuple[TokenMeasures, Tensor, Continuations]:
+    n = len(original.windows)
+    reference, expected = original.read(lambda done, _, what: tell(done, 3 * n, what))
+    states, said = original.read_by(candidate, lambda done, _, what: tell(n + done, 3 * n, what))
+    tokens = token_measures(states, reference, original.windows, lambda done, _, what: tell(2 * n + done, 3 * n, what))
+    return tokens, said, compared(said, expected)
 
 
 def _culprits(looked: Scan, second: Decoded, original: Model, window: Tensor, tell: Progress) -> tuple[Culprit, ...]:
