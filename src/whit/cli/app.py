@@ -34,6 +34,7 @@ VERBS = {
     "imatrix": ("whit.cli.imatrix", "Write the importance matrix of a model."),
     "eval": ("whit.cli.eval", "Measure what a file lost against the original."),
     "verify": ("whit.cli.verify", "Give a verdict on a written file, and name what is to blame."),
+    "release": ("whit.cli.release", "A publishable set of files, measured, with a model card."),
     "run": ("whit.cli.run", "Let a GGUF file answer a prompt."),
     "chat": ("whit.cli.chat", "Talk with a GGUF file in the terminal."),
     "serve": ("whit.cli.serve", "Serve a GGUF file with OpenAI's HTTP interface."),

@@ -67,5 +67,8 @@ def drawing() -> None:
 
 
 def _save(figure: Any, path: Path, **options: Any) -> None:
-    with whole_file(path, 0, overwrite=True) as file:
+    import matplotlib
+
+    # A salt of its own, or every picture would have other identifiers in it.
+    with whole_file(path, 0, overwrite=True) as file, matplotlib.rc_context({"svg.hashsalt": path.name}):
         figure.savefig(file, format=path.suffix[1:], **options)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from whit.checkpoints.second import check_header
 from whit.errors import BadWeightsError, BrokenFileError
-from whit.evaluation.compare import compare_states, final_states
+from whit.evaluation.compare import FinalStates, compare_states, final_states
 from whit.evaluation.continuations import Continuations, compared, greedy
 from whit.evaluation.diagnosis import Damage
 from whit.evaluation.divergence import Comparison
@@ -84,10 +84,28 @@ class _Written:
         self.by_model.append(greedy(module, self.prompts, WRITTEN))
 
 
-def verify(path: Path, original: Model, windows: Tensor, progress: Progress | None = None) -> Verified:
+@dataclass(frozen=True)
+class Original:
+    """What the original predicts and writes: read once, for any number of files."""
+
+    states: FinalStates
+    written: Tensor
+
+
+def read_original(original: Model, windows: Tensor, progress: Progress | None = None) -> Original:
+    """Let the original read windows [n, length] int64 and continue some. Raises as `final_states` does."""
+    said = _Written(windows[:PROMPTS, : min(PROMPT, windows.shape[1] // 2)])
+    states = final_states(original, windows, progress, said.add)
+    return Original(states, said.by_model[0])
+
+
+def verify(
+    path: Path, original: Model, windows: Tensor, progress: Progress | None = None, read: Original | None = None
+) -> Verified:
     """Look at a file or folder in every way there is.
 
     windows  [n, length] int64, of the original's tokenizer
+    read     what `read_original` gave for the same windows, so that it is not done again
     Raises ModelError when the original cannot be used or the file is another model, TextError as `compare` does. A file
     that cannot be read or run is no error but a verdict.
     """
@@ -105,7 +123,7 @@ def verify(path: Path, original: Model, windows: Tensor, progress: Progress | No
     faults = (*_of_labels(findings), *_of_decoders(looked.disagree, len(looked.damages)), *_of_tensors(looked))
     result, said, unreadable = None, None, ""
     try:
-        result, said = _measured(second.model, original, windows, _part(tell, 30, 80))
+        result, said = _measured(second.model, original, windows, _part(tell, 30, 80), read)
     except BadWeightsError as error:
         unreadable = str(error)
     culprits = _culprits(looked, second, original, windows[:1, :TRIED], _part(tell, 80, 100))
@@ -160,14 +178,14 @@ def _of_tensors(looked: Scan) -> list[str]:
 
 
 def _measured(
-    candidate: Model, original: Model, windows: Tensor, tell: Progress
+    candidate: Model, original: Model, windows: Tensor, tell: Progress, read: Original | None
 ) -> tuple[Comparison, Continuations | None]:
-    n, length = windows.shape
-    said = _Written(windows[:PROMPTS, : min(PROMPT, length // 2)])
-    reference = final_states(original, windows, lambda done, _, what: tell(done, 3 * n, what), said.add)
+    n = windows.shape[0]
+    read = read or read_original(original, windows, lambda done, _, what: tell(done, 3 * n, what))
+    said = _Written(windows[:PROMPTS, : min(PROMPT, windows.shape[1] // 2)])
     states = final_states(candidate, windows, lambda done, _, what: tell(n + done, 3 * n, what), said.add)
-    result = compare_states(states, reference, windows, lambda done, _, what: tell(2 * n + done, 3 * n, what))
-    return result, compared(said.by_model[1], said.by_model[0])
+    result = compare_states(states, read.states, windows, lambda done, _, what: tell(2 * n + done, 3 * n, what))
+    return result, compared(said.by_model[0], read.written)
 
 
 def _culprits(looked: Scan, second: Decoded, original: Model, window: Tensor, tell: Progress) -> tuple[Culprit, ...]:
