@@ -91,7 +91,7 @@ def gather_statistics(
         of_block = {name: named[name] for name in links.gguf_names(stream.prefix(0))}
         sound = sound_pairs(stream, links, *pairs_of(view, 0, of_block), of_block, hidden[0])
     else:
-        hidden = statistics.hidden()
+        hidden, sound = statistics.hidden(), set(statistics.sound)
     stream.empty(0)
     for index in range(first, stream.n_blocks):
         tell(index, total, f"block {index}")

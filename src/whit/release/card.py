@@ -102,6 +102,7 @@ def _path(text: str) -> Raw:
 
 
 def _fenced(text: str) -> Raw:
-    """A block of code with a fence that the text does not hold."""
+    """A block of code with a fence that the text does not hold, without control characters."""
+    text = "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Raw(f"{ticks}text\n{text.rstrip()}\n{ticks}")

@@ -25,7 +25,7 @@ from torch import Tensor
 from whit.checkpoints.atomic import synced_folder
 from whit.checkpoints.checked import read_checked, write_checked
 from whit.checkpoints.imatrix import write_imatrix
-from whit.errors import BrokenFileError, OutputError, WhitError
+from whit.errors import BrokenFileError, CheckFailedError, OutputError, WhitError
 from whit.evaluation.verdict import BROKEN, FAILED
 from whit.memory import run_bytes, shape_from_config
 from whit.models.model import Model
@@ -115,7 +115,7 @@ class Job:
         self._records = self._known()
 
     def outcome(self, variant: Variant) -> Outcome:
-        """Make a variant, or find it. Raises what the writers raise."""
+        """Make a variant, or find it. Raises what the writers raise, CheckFailedError when it cannot even be run."""
         record = self._records.get(variant.file)
         if record is not None and record.digest == digest(variant) and record.holds(self._order.out):
             return Outcome(record, kept=True)
@@ -133,7 +133,7 @@ class Job:
             except BrokenFileError as error:
                 faults = (str(error),)
         if found.result is None:
-            raise OutputError(f"{path}: cannot be measured: {found.verdict.why}. Nothing is published.")
+            raise CheckFailedError(f"{path}: {found.verdict.word}, {found.verdict.why}. Nothing is published.")
         word = BROKEN if faults and found.verdict.passed else found.verdict.word
         record = Record(
             name=variant.name,
