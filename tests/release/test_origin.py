@@ -10,7 +10,8 @@ from whit.release.origin import origin_of
 
 
 def model(label: str, folder: Path | None = None, config: dict[str, object] | None = None, **metadata: object) -> Model:
-    return Model(label, config or {}, None, 0, tokenizer_dir=folder, gguf_metadata=metadata)  # type: ignore[arg-type]
+    path = Path(label) if label.endswith(".gguf") else None
+    return Model(label, config or {}, None, 0, folder, path, metadata)  # type: ignore[arg-type]
 
 
 def test_a_card_beside_the_weights_says_the_license(tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ class Job:
         """The folders, before anything is put there."""
         try:
             self.path.mkdir(exist_ok=True)
-            if not (self.path / RUN).exists():
+            if not (self.path / RUN).exists():  # what a finished release knows of its variants comes first
+                write_records(list(self._records.values()), self.path / RECORDS, {"fingerprint": self.fingerprint})
                 write_checked(self.path / RUN, self.fingerprint)
             self._order.out.mkdir(exist_ok=True)
             synced_folder(self.path.parent)

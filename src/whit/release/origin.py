@@ -45,7 +45,8 @@ def origin_of(model: Model, name: str | None = None, base: str | None = None) ->
     if base is not None and not looks_like_hub_id(base):
         raise RecipeError(f"--base-model {base!r} is not a hub id. Write OWNER/NAME.")
     source = PUBLISHED.get(model.label, "") if model.label in BUILTIN else ""
-    source = source or (model.label if looks_like_hub_id(model.label) and not Path(model.label).exists() else "")
+    on_hub = looks_like_hub_id(model.label) and model.gguf_path is None and not Path(model.label).exists()
+    source = source or (model.label if on_hub else "")
     config_name = str(model.config.get("_name_or_path") or "")
     if not source and looks_like_hub_id(config_name) and not Path(config_name).exists():
         source = config_name

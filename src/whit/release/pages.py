@@ -15,6 +15,7 @@ from whit.errors import MissingPackageError, ModelError, OutputError
 from whit.evaluation.frontier import Point, draw
 from whit.models.model import Model
 from whit.models.tokenizer import load_tokenizer
+from whit.recipes.files import write_recipe
 from whit.release.card import front_matter, render, row
 from whit.release.choice import choices
 from whit.release.job import RELEASE, Job
@@ -96,8 +97,6 @@ def prompt_template(model: Model) -> str | None:
 
 
 def _write_recipes(out: Path, variants: Sequence[Variant]) -> list[str]:
-    from whit.recipes.files import write_recipe
-
     try:
         (out / RECIPES).mkdir(exist_ok=True)
     except OSError as error:
