@@ -1,7 +1,7 @@
 """What it costs to round every file for the original's second moments, instead of each on its own quantized prefix.
 
-`python -m bench.shared_statistics MODEL q4_k_m gptq-4bit-g128 [--windows 24] [--held-out 16] [--preset fast]` writes every
-recipe both ways from the same text and the same effort, and measures both on the same held-out windows.
+`python -m bench.shared_statistics MODEL q4_k_m gptq-4bit-g128 [--windows 24] [--held-out 16] [--preset fast]` writes
+every recipe both ways from the same text with the same effort, and measures both on the same held-out windows.
 """
 
 from __future__ import annotations
