@@ -20,6 +20,7 @@ from whit.errors import CheckFailedError, MissingPackageError, RecipeError
 from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration
+from whit.release.card import size
 from whit.release.choice import choices, pick
 from whit.release.job import RELEASE, Job, Order, Outcome
 from whit.release.origin import origin_of
@@ -200,7 +201,7 @@ def _print_pick(console: Console, records: list[Record], budget: int) -> None:
     for each in pick(records, budget):
         runtime = "llama.cpp" if each.is_gguf else "vLLM or transformers"
         console.print(
-            f"For {runtime} in {budget / 1e9:g} GB: {each.file} ({each.ram / 1e9:.2f} GB with {each.context} tokens of "
+            f"For {runtime} in {budget / 1e9:g} GB: {each.file} ({size(each.ram)} with {each.context} tokens of "
             f"context, KL divergence {each.result.kl_mean:.3g}, {each.word})",
             soft_wrap=True,
         )

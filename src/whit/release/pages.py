@@ -133,7 +133,7 @@ def _card(
             "torch": job.fingerprint["version of torch"],
             "rows": [row(each, chosen[each.file]) for each in records],
             "context": f"{job.context:,}",
-            "measured": f"{said.windows} windows of {said.length} tokens of {said.measured_on.description}, the second "
+            "measured": f"{said.windows} windows of {said.length} tokens ({said.measured_on.description}), the second "
             f"half of each scored, {records[0].result.tokens:,} tokens in all, in float32",
             "machine": "; ".join(machines),
             "tokens": TOKENS,
