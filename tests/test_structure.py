@@ -25,7 +25,8 @@ LAYERS = {
     "pipeline": 7,
     "live": 8, "report": 8,
     "quanto": 9, "tune": 9, "runtime": 9,
-    "cli": 10,
+    "release": 10,
+    "cli": 11,
 }  # fmt: skip
 
 

@@ -102,3 +102,16 @@ def test_an_importance_matrix_gives_a_diagonal() -> None:
     moments = Moments.of_importance(torch.tensor([1.0, 4.0, 0.0]), 100)
     assert torch.equal(moments.H, torch.tensor([1.0, 4.0, 0.0]).diag().double())
     assert (moments.n_tokens, moments.n_dead) == (100, 1)
+
+
+def test_saved_moments_are_the_same_to_seven_digits() -> None:
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    x[3, 2] = float("nan")
+    moments = Moments(6, kept=4)
+    moments.add(x)
+    counts, tensors = moments.saved()
+    again = Moments.of_saved(counts, tensors)
+    assert (again.n_tokens, again.n_lost) == (39, 1)
+    assert torch.allclose(again.H, moments.H, rtol=1e-6)
+    assert again.tokens is not None
+    assert torch.equal(again.tokens, moments.tokens)

@@ -9,7 +9,7 @@ Products are made in float32, of one or a few batches, and added in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,23 @@ class Moments:
         moments = cls(0)
         moments.n_tokens, moments._sum = n_tokens, (mean.double() * n_tokens).diag()
         return moments
+
+    @classmethod
+    def of_saved(cls, counts: Sequence[int], tensors: Mapping[str, Tensor]) -> Moments:
+        """What `saved` gave."""
+        moments = cls(0)
+        moments.n_tokens, moments.n_lost = counts
+        moments._sum = tensors["sum"].double()
+        moments._tokens = [tensors["tokens"]] if "tokens" in tensors else []
+        return moments
+
+    def saved(self) -> tuple[tuple[int, int], dict[str, Tensor]]:
+        """Counts and tensors to make them again from; the sum [cols, cols] as float32, half the room.
+
+        Without C: this is for the original model's inputs, which have nothing beside them.
+        """
+        tensors = {"sum": self._total().float()}
+        return (self.n_tokens, self.n_lost), tensors | ({} if self.tokens is None else {"tokens": self.tokens})
 
     def backed_by(self, others: Tensor, weight: float, note: str) -> Moments:
         """These moments with `others` [cols, cols] (a mean of x x^T) counted as `weight` further tokens."""

@@ -89,7 +89,7 @@ def check_folder(path: Path, n_bytes: int, overwrite: bool) -> None:
             raise OutputError(f"{path}: exists already. Choose another name, or add --force to replace it.")
         if not any((path / name).is_file() for name in MARKS):
             raise OutputError(f"{path}: holds other things than a model and is not replaced. Choose another folder.")
-    _check_place(path, n_bytes)
+    check_place(path, n_bytes)
 
 
 def check_target(path: Path, n_bytes: int, overwrite: bool) -> None:
@@ -98,10 +98,11 @@ def check_target(path: Path, n_bytes: int, overwrite: bool) -> None:
         raise OutputError(f"{path}: is a folder. Give a file name.")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already. Choose another name, or add --force to replace it.")
-    _check_place(path, n_bytes)
+    check_place(path, n_bytes)
 
 
-def _check_place(path: Path, n_bytes: int) -> None:
+def check_place(path: Path, n_bytes: int) -> None:
+    """Raise OutputError when so many bytes cannot be written beside what `path` names."""
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent}: no such folder. Create it, or choose another place for {path.name}.")
     if not os.access(path.parent, os.W_OK):

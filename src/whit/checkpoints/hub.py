@@ -1,6 +1,6 @@
 """A hub id such as `Qwen/Qwen3-0.6B`: its files in the local cache, downloaded once by huggingface_hub.
 
-Only weights in safetensors, configuration and tokenizer files are asked for: no code, no pickles.
+Only weights in safetensors, configuration, tokenizer files and the card are asked for: no code, no pickles.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from whit.checkpoints.safetensors import DTYPES
 from whit.checkpoints.source import TensorInfo
 from whit.errors import ModelError
 
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+PATTERNS = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "README.md",
+]
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

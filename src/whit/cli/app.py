@@ -35,6 +35,7 @@ VERBS = {
     "eval": ("whit.cli.eval", "Measure what a file lost against the original."),
     "verify": ("whit.cli.verify", "Give a verdict on a written file, and name what is to blame."),
     "report": ("whit.cli.report", "Write a page on what files lost, with advice and pictures."),
+    "release": ("whit.cli.release", "A publishable set of files, measured, with a model card."),
     "run": ("whit.cli.run", "Let a model answer a prompt."),
     "chat": ("whit.cli.chat", "Talk with a model in the terminal."),
     "serve": ("whit.cli.serve", "Serve a model with OpenAI's HTTP interface."),

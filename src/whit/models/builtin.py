@@ -130,3 +130,4 @@ def packaged_smollm2() -> Path:
 
 
 BUILTIN: dict[str, Callable[[], Model]] = {SMOLLM2: open_smollm2}
+PUBLISHED = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # on the hub

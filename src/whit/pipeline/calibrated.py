@@ -7,12 +7,11 @@ Beside the hidden states of the quantized prefix run those of the original model
 earlier errors. The head comes last; when it is the embedding, that one matrix is rounded for its role as the head,
 in which every error reaches the logits, and the blocks before it have run on the original embedding.
 
-The same walk without rounding gives an importance matrix.
+With statistics of the original model, gathered before (statistics.py), nothing is run: matrices are rounded for these.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from whit.allocator import keep_large_apart, return_memory
 from whit.calibration.moments import Moments
-from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.grids.quantized import QuantizedTensor
 from whit.models.activations import fixed_scale
 from whit.models.architecture import GGUFView
@@ -31,19 +29,19 @@ from whit.models.stream import BlockStream
 from whit.models.taps import watched
 from whit.pipeline.effort import Calibration
 from whit.pipeline.fisher import fisher
-from whit.pipeline.folding import Folded, folded, trial, unchanged
+from whit.pipeline.folding import Folded, folded, pairs_of, sound_pairs
 from whit.pipeline.inputs import Inputs, moments_of
+from whit.pipeline.observe import HEADS, KEPT, final_moments
 from whit.pipeline.plain import plain_pieces
 from whit.pipeline.plan import Piece, Rounded, Step
 from whit.pipeline.rounder import Rounder, Task
 from whit.pipeline.state import Block, State
+from whit.pipeline.statistics import Statistics
 from whit.products import coarse_products
 from whit.recipes.folders import FIXED, SMOOTHED
-from whit.transforms.absorb import block_pairs, head_pair
+from whit.transforms.absorb import head_pair
 
 Progress = Callable[[int, int, str], None]
-KEPT = 32  # tokens of every window that smoothing looks at
-HEADS = ("output.weight", "token_embd.weight")
 
 
 class CalibratedRun:
@@ -77,10 +75,9 @@ class CalibratedRun:
         self.input_scales: dict[str, float] = {}
         self._model, self._fisher = model, dict[str, Tensor]()  # of tensors that are still to be rounded
         self._steps = {step.tensor.name: step for step in steps}
-        self._links, self._calibration = Links(view), calibration
+        self._view, self._links, self._calibration = view, Links(view), calibration
         self._stream = BlockStream(model, self._links.read)
         self._tell = progress or (lambda done, total, what: None)
-        self._kv_heads = view.metadata.get(f"{view.architecture}.attention.head_count_kv", 0)
         self._sound: set[str] = set()  # the first producers of pairs that may be folded
         self.rounder = Rounder(calibration.effort, calibration.strength)
 
@@ -92,6 +89,9 @@ class CalibratedRun:
         keep_large_apart()
         if asking := [name for name, step in self._steps.items() if step.needs_fisher]:
             self._fisher = self._fisher_of(asking)
+        if self._calibration.statistics is not None:
+            yield from self._known(self._calibration.statistics)
+            return
         total = self._stream.n_blocks + 1
         self._tell(0, total, "embeddings")
         hidden = self._stream.start(self._calibration.windows)
@@ -109,7 +109,25 @@ class CalibratedRun:
             yield from self._block(index, hidden, original)
         self._tell(total - 1, total, "head")
         original.clear()
-        yield from self._ends(hidden)
+        with coarse_products():
+            moments = final_moments(self._stream, hidden) if self._asks_at_head() else None
+        hidden.clear()  # the head is the largest matrix: room for it
+        return_memory()
+        yield from self._ends(moments)
+        self._tell(total, total, "done")
+
+    def _known(self, statistics: Statistics) -> Iterator[Rounded]:
+        """Every tensor, rounded for moments that are known: nothing is run."""
+        self._sound, total = set(statistics.sound), self._stream.n_blocks + 1
+        for index in range(self._stream.n_blocks):
+            self._tell(index, total, f"block {index}")
+            self.rounder.forget()
+            prefix = self._stream.prefix(index)
+            steps = {name: self._steps.pop(name) for name in self._links.gguf_names(prefix)}
+            yield from self._rounded(self._tasks(index, steps, statistics.inputs(index, prefix)))
+            return_memory()
+        self._tell(total - 1, total, "head")
+        yield from self._ends(statistics.head() if self._asks_at_head() else None)
         self._tell(total, total, "done")
 
     def _fisher_of(self, asking: list[str]) -> dict[str, Tensor]:
@@ -147,13 +165,9 @@ class CalibratedRun:
         self.rounder.forget()
         return_memory()
         steps = {name: self._steps.pop(name) for name in links.gguf_names(prefix)}
-        change = self._folded(index, steps, inputs, hidden[0])
-        tasks = []
-        for name in steps:
-            step = change.steps.get(name, steps[name])
-            self._fix_inputs(step, inputs.of(links.slots(name)[0]), change.columns.get(name))
-            seen, factors = moments_of(step.tensor.shape, inputs, links.slots(name)), change.columns.get(name)
-            tasks.append(Task(step, seen, factors, self._fisher.pop(name, None)))
+        if index == 0 and self._calibration.effort.rescale:  # later blocks are built like it
+            self._sound = sound_pairs(stream, links, *pairs_of(self._view, index, steps), steps, hidden[0])
+        tasks = self._tasks(index, steps, inputs)
         n_losses, made = len(self.rounder.losses), dict[str, list[Piece]]()
         for step, pieces in self._rounded(tasks, install=True):
             yield step, _noted(pieces, made.setdefault(step.tensor.name, [])) if self._state else pieces
@@ -170,13 +184,23 @@ class CalibratedRun:
             made.clear()
         return_memory()
 
-    def _ends(self, hidden: list[Tensor]) -> Iterator[Rounded]:
-        """What is left: embeddings, final norm, head."""
+    def _tasks(self, index: int, steps: dict[str, Step], inputs: Inputs) -> list[Task]:
+        """A block's tensors with what arrives at them, columns rescaled."""
+        change, links, tasks = self._folded(index, steps, inputs), self._links, []
+        for name in steps:
+            step = change.steps.get(name, steps[name])
+            self._fix_inputs(step, inputs.of(links.slots(name)[0]), change.columns.get(name))
+            seen, factors = moments_of(step.tensor.shape, inputs, links.slots(name)), change.columns.get(name)
+            tasks.append(Task(step, seen, factors, self._fisher.pop(name, None)))
+        return tasks
+
+    def _asks_at_head(self) -> bool:
+        """Whether what the head is given makes a difference."""
+        return next(self._steps[name] for name in HEADS if name in self._steps).needs_moments
+
+    def _ends(self, moments: Moments | None) -> Iterator[Rounded]:
+        """What is left: embeddings, final norm, head. moments: of what the head is given."""
         head = next(name for name in HEADS if name in self._steps)
-        with coarse_products():
-            moments = _final(self._stream, hidden) if self._steps[head].needs_moments else None
-        hidden.clear()  # the head is the largest matrix: room for it
-        return_memory()
         self.rounder.forget()
         change, pair = Folded({}, {}), head_pair({name: step.tensor.shape for name, step in self._steps.items()})
         if pair and self._calibration.effort.rescale:
@@ -188,27 +212,13 @@ class CalibratedRun:
             tasks.append(Task(change.steps.get(name, step), seen, change.columns.get(name)))
         yield from self._rounded(tasks)
 
-    def _folded(self, index: int, steps: dict[str, Step], inputs: Inputs, window: Tensor) -> Folded:
-        """Factors for the block's columns; on the first block a run decides which pairs leave the function alone."""
-        names = list(steps)
-        found = re.match(r"blk\.\d+\.", names[0]) if names else None
-        if found is None or not self._calibration.effort.rescale:
+    def _folded(self, index: int, steps: dict[str, Step], inputs: Inputs) -> Folded:
+        """Factors for the block's columns."""
+        if not self._calibration.effort.rescale:
             return Folded({}, {})
-        prefix, links = found[0], self._links
-        heads = self._kv_heads[index] if isinstance(self._kv_heads, list) else self._kv_heads
-        pairs = block_pairs({name: step.tensor.shape for name, step in steps.items()}, prefix, heads)
-        if index == 0:  # later blocks are built like it
-            outputs = [self._stream.run(0, window)]
-            for pair in pairs:
-                for name, values in trial(pair, steps):
-                    links.replace(name, values)
-                self._stream.fill(0)
-                outputs.append(self._stream.run(0, window))
-                links.restore()
-            sound = [pair for pair, after in zip(pairs, outputs[1:], strict=True) if unchanged(outputs[0], after)]
-            self._sound = {pair.producers[0].removeprefix(prefix) for pair in sound}
-        pairs = [pair for pair in pairs if pair.producers[0].removeprefix(prefix) in self._sound]
-        return folded(pairs, steps, lambda name: inputs.of(links.slots(name)[0]), self.rounder, self._smooth)
+        prefix, pairs = pairs_of(self._view, index, steps)
+        links, sound = self._links, [pair for pair in pairs if pair.producers[0].removeprefix(prefix) in self._sound]
+        return folded(sound, steps, lambda name: inputs.of(links.slots(name)[0]), self.rounder, self._smooth)
 
     def _fix_inputs(self, step: Step, seen: Moments | None, factors: Tensor | None) -> None:
         if self._fixed and step.needs_moments and seen is not None and seen.tokens is not None:
@@ -241,53 +251,3 @@ def _noted(pieces: Iterator[Piece], made: list[Piece]) -> Iterator[Piece]:
     for piece in pieces:
         made.append(piece)
         yield piece
-
-
-def importance_matrix(
-    model: Model, view: GGUFView, windows: Tensor, source: str, progress: Progress | None = None
-) -> ImportanceMatrix:
-    """The mean squared inputs of every matrix of the original model, head included, on calibration windows.
-
-    view     the model's tensors as a GGUF file names them
-    windows  [n, length] int64
-    source   what the text is
-    """
-    links, tell = Links(view), progress or (lambda done, total, what: None)
-    stream = BlockStream(model, links.read)
-    hidden, total = stream.start(windows), stream.n_blocks + 1
-    means: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    matrices = {tensor.name: tensor.shape for tensor in view.tensors if len(tensor.shape) > 1 and not tensor.keep_float}
-
-    def note(name: str, seen: list[Moments | None]) -> None:
-        cols = matrices[name][-1]
-        means[name] = torch.stack([torch.ones(cols) if each is None else each.importance for each in seen])
-        counts[name] = torch.tensor([0 if each is None else each.n_tokens for each in seen])
-
-    for index in range(stream.n_blocks):
-        tell(index, total, f"block {index}")
-        block, inputs = stream.fill(index), Inputs(stream.prefix(index))
-        for n, window in enumerate(hidden):
-            with watched(block, inputs.see):
-                hidden[n] = stream.run(index, window)
-            inputs.forget()
-        for name in links.gguf_names(stream.prefix(index)):
-            if name in matrices:
-                note(name, moments_of(matrices[name], inputs, links.slots(name)))
-        stream.empty(index)
-    tell(total - 1, total, "head")
-    note(next(name for name in HEADS if name in matrices), [_final(stream, hidden)])
-    tell(total, total, "done")
-    return ImportanceMatrix(means, counts, len(windows), windows.shape[1], (source,))
-
-
-def _final(stream: BlockStream, hidden: list[Tensor]) -> Moments:
-    """The moments of what the head is given."""
-    moments: Moments | None = None
-    for window in hidden:
-        final = stream.final(window)
-        moments = moments or Moments(final.shape[1])
-        moments.add(final)
-        moments.settle()
-    assert moments is not None  # there is at least one window
-    return moments

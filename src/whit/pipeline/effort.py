@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from whit.checkpoints.imatrix import ImportanceMatrix
+from whit.pipeline.statistics import Statistics
 from whit.rounding.methods import Effort
 
 
@@ -44,6 +45,7 @@ class Calibration:
     effort      of the rounding itself
     source      what the text is, for reports
     importance  what arrives at the layers, instead of windows
+    statistics  moments of the original model on the windows, gathered before: no block is run again
     """
 
     windows: Tensor
@@ -51,6 +53,7 @@ class Calibration:
     effort: Effort = field(default_factory=Effort)
     source: str = ""
     importance: ImportanceMatrix | None = None
+    statistics: Statistics | None = None
 
     @classmethod
     def on_importance(cls, importance: ImportanceMatrix, effort: Effort, source: str) -> Calibration:

@@ -6,6 +6,7 @@ because the moments of its inputs change with it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
@@ -16,13 +17,15 @@ from torch import Tensor
 from whit.calibration.moments import Moments
 from whit.grids.floats import Float
 from whit.grids.grid import Adaptive
-from whit.models.architecture import Part
+from whit.models.architecture import GGUFView, Part
+from whit.models.links import Links
+from whit.models.stream import BlockStream
 from whit.parallel import spread
 from whit.pipeline.plan import Step
 from whit.pipeline.rounder import Rounder
 from whit.rounding.curvature import Curvature
 from whit.rounding.methods import FLOORS
-from whit.transforms.absorb import Pair
+from whit.transforms.absorb import Pair, block_pairs
 from whit.transforms.awq import Sample, column_factors, sampled
 from whit.transforms.smooth import smooth_factors
 
@@ -70,6 +73,36 @@ def folded(
         if len(found[FACTORS]):
             _fold(pair, found[FACTORS], steps, result)
     return result
+
+
+def pairs_of(view: GGUFView, index: int, steps: Mapping[str, Step]) -> tuple[str, list[Pair]]:
+    """What stands before a block's tensors, and which of them may be rescaled together."""
+    found = re.match(r"blk\.\d+\.", next(iter(steps), ""))
+    if found is None:
+        return "", []
+    heads = view.metadata.get(f"{view.architecture}.attention.head_count_kv", 0)
+    shapes = {name: step.tensor.shape for name, step in steps.items()}
+    return found[0], block_pairs(shapes, found[0], heads[index] if isinstance(heads, list) else heads)
+
+
+def sound_pairs(
+    stream: BlockStream, links: Links, prefix: str, pairs: list[Pair], steps: Mapping[str, Step], window: Tensor
+) -> set[str]:
+    """The first producers of the first block's pairs that leave the function alone, which a run of it decides.
+
+    prefix  of its tensors, left out of the result
+    window  [1, length, hidden] that it is given
+    """
+    stream.fill(0)
+    before, sound = stream.run(0, window), set[str]()
+    for pair in pairs:
+        for name, values in trial(pair, steps):
+            links.replace(name, values)
+        stream.fill(0)
+        if unchanged(before, stream.run(0, window)):
+            sound.add(pair.producers[0].removeprefix(prefix))
+        links.restore()
+    return sound
 
 
 def trial(pair: Pair, steps: Mapping[str, Step]) -> list[tuple[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from whit.calibration.moments import Moments, pooled
@@ -29,6 +31,18 @@ class Inputs:
         self._original: dict[Slot, Tensor] = {}
         self._windows = 0
         self._seen: list[tuple[Tensor, Moments]] = []  # of the current window; holding them keeps them apart
+
+    @classmethod
+    def known(cls, prefix: str, moments: Mapping[Slot, Moments]) -> Inputs:
+        """Of moments that were gathered before, by their names within the block."""
+        inputs = cls(prefix)
+        inputs._moments = dict(moments)
+        return inputs
+
+    @property
+    def moments(self) -> Mapping[Slot, Moments]:
+        """By names within the block; one object where weights are given the same tensor."""
+        return self._moments
 
     def remember(self, slot: Slot, x: Tensor) -> None:
         """What the original model gives to a weight."""

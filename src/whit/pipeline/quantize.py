@@ -118,7 +118,7 @@ def gather_importance(model: Model, windows: Tensor, source: str, progress: Prog
 
     source  what the text is
     """
-    from whit.pipeline.calibrated import importance_matrix  # it imports transformers, which takes seconds
+    from whit.pipeline.observe import importance_matrix  # it imports transformers, which takes seconds
 
     return importance_matrix(model, model_view(model), windows, source, progress)
 

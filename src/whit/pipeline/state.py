@@ -157,7 +157,8 @@ def state_beside(
     activations  the kind of folder, and how runtimes will quantize what arrives at layers
     None when no text is run through blocks: such a run keeps nothing. Raises what `State` raises.
     """
-    if calibration is None or calibration.importance is not None or not any(step.needs_moments for step in steps):
+    known = calibration is None or calibration.importance is not None or calibration.statistics is not None
+    if calibration is None or known or not any(step.needs_moments for step in steps):
         yield None
         return
     state = State(out, fingerprint(model, steps, calibration, activations))
