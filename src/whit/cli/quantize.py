@@ -33,6 +33,7 @@ from whit.cli.keep import (
     types_of,
 )
 from whit.cli.progress import progress_bar
+from whit.cli.ranks import RANKS_HELP, helped, is_helper, working
 from whit.errors import CheckFailedError, OutputError, RecipeError
 from whit.models.model import Model
 from whit.models.open import open_model
@@ -40,6 +41,7 @@ from whit.pipeline.afterwards import Intended, look
 from whit.pipeline.allocate import Allocator
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.folder import plan_model, write_model
+from whit.pipeline.inputs import SHARES
 from whit.pipeline.keep import check_kept, family
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
 from whit.pipeline.quantize import Result
@@ -115,12 +117,17 @@ def command(
     salient: Annotated[str | None, typer.Option(help=SALIENT_HELP)] = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every tensor that it fits, the head too.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, max=SHARES, help=RANKS_HELP)] = 1,
+    rank: Annotated[int, typer.Option(hidden=True, envvar="RANK", help="What torchrun calls this process.")] = 0,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not open the result again to check and measure it.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Make a model smaller: write a GGUF file, or a folder for vLLM and transformers, by a recipe."""
+    if is_helper(rank):
+        helped(model)
+        return
     console = Console(highlight=False, markup=False)
     check_rounding(rounding)
     if preset not in PRESETS:
@@ -164,9 +171,13 @@ def command(
         from whit.cli import distil as distilling  # it imports transformers, which takes seconds
 
         held_out, train = distilling.texts(console, opened, calib)
+    if ranks > 1 and (calibration is None or imatrix):
+        raise RecipeError("--ranks shares out what is done with a text; there is none here, and all cores are used.")
     intended = Intended()
     scratch = bool(distil) or unseen is not None  # a run that is killed leaves no empty folder otherwise
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") if scratch else nullcontext("") as folder:
+    beside = TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") if scratch else nullcontext("")
+    with beside as folder, working(ranks, model) as group:
+        calibration = replace(calibration, ranks=group) if calibration else None
         written = Path(folder) / out.name if distil else out
         text = None if calibration is None or imatrix else calibration.windows
         if chosen is not None and better is not None:

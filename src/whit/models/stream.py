@@ -136,6 +136,10 @@ class BlockStream:
             config._attn_implementation = plain
         return bool(fused)
 
+    def use_fused_attention(self) -> None:
+        """As `fuse_attention`, where it has been found to be the same."""
+        self._module.config.get_text_config()._attn_implementation = FUSED
+
     def prefix(self, index: int) -> str:
         """What stands before the names of a block's parameters in the whole model."""
         return f"{self._path}.{index}."

@@ -32,18 +32,20 @@ from whit.models.taps import watched
 from whit.pipeline.effort import Calibration
 from whit.pipeline.fisher import fisher
 from whit.pipeline.folding import Folded, folded, trial, unchanged
-from whit.pipeline.inputs import Inputs, moments_of
+from whit.pipeline.inputs import SHARES, Inputs, moments_of, shares_of, windows_of
 from whit.pipeline.plain import plain_pieces
 from whit.pipeline.plan import Piece, Rounded, Step
 from whit.pipeline.rounder import Rounder, Task
 from whit.pipeline.state import Block, State
 from whit.products import coarse_products
 from whit.recipes.folders import FIXED, SMOOTHED
-from whit.transforms.absorb import block_pairs, head_pair
+from whit.transforms.absorb import Pair, block_pairs, head_pair
 
 Progress = Callable[[int, int, str], None]
 KEPT = 32  # tokens of every window that smoothing looks at
+WINDOW = "window"
 HEADS = ("output.weight", "token_embd.weight")
+HEAD = ("head", None)  # what arrives there, among what arrives at weights
 
 
 class CalibratedRun:
@@ -68,7 +70,8 @@ class CalibratedRun:
         view         its tensors as the file will name them
         steps        one per tensor of the file
         activations  how runtimes will quantize what arrives at layers, as in a recipe
-        state        where finished blocks are kept, and those of an earlier run are; None to keep nothing
+        state        where finished blocks are kept, and those of an earlier run are; None to keep nothing, and on all
+                     ranks but the first
         """
         self._smooth, self._fixed = activations in SMOOTHED, activations in FIXED
         self._kind = "int" if self._smooth else "float"
@@ -82,7 +85,10 @@ class CalibratedRun:
         self._tell = progress or (lambda done, total, what: None)
         self._kv_heads = view.metadata.get(f"{view.architecture}.attention.head_count_kv", 0)
         self._sound: set[str] = set()  # the first producers of pairs that may be folded
-        self.rounder = Rounder(calibration.effort, calibration.strength)
+        self._ranks = calibration.ranks
+        self._n = len(calibration.windows)
+        self._shares = shares_of(self._n, self._ranks.part(SHARES))
+        self.rounder = Rounder(calibration.effort, calibration.strength, self._ranks)
 
     def tensors(self) -> Iterator[Rounded]:
         """Every tensor, in the order of computation.
@@ -94,16 +100,19 @@ class CalibratedRun:
             self._fisher = self._fisher_of(asking)
         total = self._stream.n_blocks + 1
         self._tell(0, total, "embeddings")
-        hidden = self._stream.start(self._calibration.windows)
+        mine = [n for share in self._shares for n in share]
+        hidden = self._stream.start(self._calibration.windows[mine or [0]])  # masks are written down in any case
+        del hidden[len(mine) :]
         original = list(hidden) if self._calibration.strength > 0 else []
-        first = self._state.n_blocks if self._state else 0
-        if self._state and first:
+        first = self._ranks.said(self._state.n_blocks if self._state else 0)
+        if first:
             self._stream.fill(0)
-            self._stream.fuse_attention(hidden[0])  # decided on the first block, for all
+            self._fuse_attention(hidden)
             self._stream.empty(0)
-            hidden, original = self._state.hidden()
+            hidden, original = self._dealt()
             for index in range(first):
                 yield from self._again(self._state, index)
+            self._sound = set(self._ranks.said(sorted(self._sound)))
         for index in range(first, self._stream.n_blocks):
             self._tell(index, total, f"block {index}")
             yield from self._block(index, hidden, original)
@@ -113,15 +122,48 @@ class CalibratedRun:
         self._tell(total, total, "done")
 
     def _fisher_of(self, asking: list[str]) -> dict[str, Tensor]:
-        found = self._state.fisher() if self._state else None
-        if found is None:
-            found = fisher(self._model, asking, self._calibration.windows, progress=self._tell)
-            if self._state:
-                self._state.keep_fisher(found)
+        found, windows = self._state.fisher() if self._state else None, self._calibration.windows
+        if self._ranks.said(found is not None):
+            return self._ranks.given(found)
+        found = fisher(self._model, asking, windows, progress=self._tell, ranks=self._ranks)
+        if self._state:
+            self._state.keep_fisher(found)
         return found
 
-    def _again(self, state: State, index: int) -> Iterator[Rounded]:
-        """The tensors of a block that an earlier run finished."""
+    def _fuse_attention(self, hidden: list[Tensor]) -> None:
+        """Decided on the first block and window, for all."""
+        first = self._ranks.rank == 0
+        if self._ranks.said(first and self._stream.fuse_attention(hidden[0])) and not first:
+            self._stream.use_fused_attention()
+
+    def _dealt(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What the first unfinished block is given: to each rank its own of all windows, which the first has kept."""
+        kept, ranks = self._state.hidden() if self._state else ([], []), self._ranks
+        own: tuple[list[Tensor], list[Tensor]] = [], []
+        for windows, mine in zip(kept, own, strict=True):
+            for n in range(ranks.said(len(windows))):
+                window = ranks.given({WINDOW: windows[n]} if windows else None)[WINDOW]
+                if n in windows_of(self._n, ranks, ranks.rank):
+                    mine.append(window)
+        return own
+
+    def _collected(self, own: list[Tensor]) -> list[Tensor]:
+        """The windows of all ranks, on the first."""
+        ranks, windows = self._ranks, list[Tensor]()
+        for by in range(ranks.size):
+            for n in range(ranks.said(len(own), by)):
+                window = ranks.given({WINDOW: own[n]} if by == ranks.rank else None, by)[WINDOW]
+                if ranks.rank == 0:
+                    windows.append(window)
+        return windows
+
+    def _again(self, state: State | None, index: int) -> Iterator[Rounded]:
+        """The tensors of a block that an earlier run finished; on ranks without a state they are only passed over."""
+        if state is None:
+            for name in self._links.gguf_names(self._stream.prefix(index)):
+                self._fisher.pop(name, None)
+                del self._steps[name]
+            return
         block = state.block(index, self._steps)
         self._sound = set(block.sound)
         self.rounder.losses += block.losses
@@ -134,20 +176,21 @@ class CalibratedRun:
         stream, links, prefix = self._stream, self._links, self._stream.prefix(index)
         block = stream.fill(index)
         if index == 0:
-            stream.fuse_attention(hidden[0])
-        inputs = Inputs(prefix, self._kept)
+            self._fuse_attention(hidden)
+        inputs = Inputs(prefix, self._kept, self._ranks)
         with coarse_products():
-            for n, window in enumerate(hidden):
+            for n in self._windows(inputs):
                 if original:
                     with watched(block, inputs.remember):
                         original[n] = stream.run(index, original[n])
                 with watched(block, inputs.see):
-                    stream.run(index, window)
+                    stream.run(index, hidden[n])
                 inputs.forget()
+        inputs.join()
         self.rounder.forget()
         return_memory()
         steps = {name: self._steps.pop(name) for name in links.gguf_names(prefix)}
-        change = self._folded(index, steps, inputs, hidden[0])
+        change = self._folded(index, steps, inputs, hidden)
         tasks = []
         for name in steps:
             step = change.steps.get(name, steps[name])
@@ -163,18 +206,26 @@ class CalibratedRun:
                 hidden[n] = stream.run(index, window)
         stream.empty(index)
         links.restore()
+        windows, originals = self._collected(hidden), self._collected(original)
         if self._state:
             scales = {name: self.input_scales[name] for name in steps if name in self.input_scales}
             finished = Block(made, self.rounder.losses[n_losses:], scales, sorted(self._sound))
-            self._state.keep(finished, hidden, original)
+            self._state.keep(finished, windows, originals)
             made.clear()
         return_memory()
+
+    def _windows(self, inputs: Inputs) -> Iterator[int]:
+        """The places of this rank's windows, share by share."""
+        place = 0
+        for share in self._shares:
+            yield from range(place, place := place + len(share))
+            inputs.turn()
 
     def _ends(self, hidden: list[Tensor]) -> Iterator[Rounded]:
         """What is left: embeddings, final norm, head."""
         head = next(name for name in HEADS if name in self._steps)
         with coarse_products():
-            moments = _final(self._stream, hidden) if self._steps[head].needs_moments else None
+            moments = self._final(hidden) if self._steps[head].needs_moments else None
         hidden.clear()  # the head is the largest matrix: room for it
         return_memory()
         self.rounder.forget()
@@ -188,7 +239,16 @@ class CalibratedRun:
             tasks.append(Task(change.steps.get(name, step), seen, change.columns.get(name)))
         yield from self._rounded(tasks)
 
-    def _folded(self, index: int, steps: dict[str, Step], inputs: Inputs, window: Tensor) -> Folded:
+    def _final(self, hidden: list[Tensor]) -> Moments | None:
+        """The moments of what the head is given."""
+        inputs = Inputs("", 0, self._ranks)
+        for n in self._windows(inputs):
+            inputs.see(HEAD, self._stream.final(hidden[n]))
+            inputs.forget()
+        inputs.join()
+        return inputs.of(HEAD)
+
+    def _folded(self, index: int, steps: dict[str, Step], inputs: Inputs, hidden: list[Tensor]) -> Folded:
         """Factors for the block's columns; on the first block a run decides which pairs leave the function alone."""
         names = list(steps)
         found = re.match(r"blk\.\d+\.", names[0]) if names else None
@@ -198,17 +258,22 @@ class CalibratedRun:
         heads = self._kv_heads[index] if isinstance(self._kv_heads, list) else self._kv_heads
         pairs = block_pairs({name: step.tensor.shape for name, step in steps.items()}, prefix, heads)
         if index == 0:  # later blocks are built like it
-            outputs = [self._stream.run(0, window)]
-            for pair in pairs:
-                for name, values in trial(pair, steps):
-                    links.replace(name, values)
-                self._stream.fill(0)
-                outputs.append(self._stream.run(0, window))
-                links.restore()
-            sound = [pair for pair, after in zip(pairs, outputs[1:], strict=True) if unchanged(outputs[0], after)]
-            self._sound = {pair.producers[0].removeprefix(prefix) for pair in sound}
+            sound = self._sound_pairs(pairs, steps, hidden[0]) if self._ranks.rank == 0 else []
+            self._sound = {name.removeprefix(prefix) for name in self._ranks.said(sound)}
         pairs = [pair for pair in pairs if pair.producers[0].removeprefix(prefix) in self._sound]
         return folded(pairs, steps, lambda name: inputs.of(links.slots(name)[0]), self.rounder, self._smooth)
+
+    def _sound_pairs(self, pairs: list[Pair], steps: dict[str, Step], window: Tensor) -> list[str]:
+        """The first producers of pairs whose folding leaves the first block's function alone."""
+        before, sound = self._stream.run(0, window), []
+        for pair in pairs:
+            for name, values in trial(pair, steps):
+                self._links.replace(name, values)
+            self._stream.fill(0)
+            if unchanged(before, self._stream.run(0, window)):
+                sound.append(pair.producers[0])
+            self._links.restore()
+        return sound
 
     def _fix_inputs(self, step: Step, seen: Moments | None, factors: Tensor | None) -> None:
         if self._fixed and step.needs_moments and seen is not None and seen.tokens is not None:
@@ -276,18 +341,10 @@ def importance_matrix(
                 note(name, moments_of(matrices[name], inputs, links.slots(name)))
         stream.empty(index)
     tell(total - 1, total, "head")
-    note(next(name for name in HEADS if name in matrices), [_final(stream, hidden)])
+    inputs = Inputs("")
+    for window in hidden:
+        inputs.see(HEAD, stream.final(window))
+        inputs.forget()
+    note(next(name for name in HEADS if name in matrices), [inputs.of(HEAD)])
     tell(total, total, "done")
     return ImportanceMatrix(means, counts, len(windows), windows.shape[1], (source,))
-
-
-def _final(stream: BlockStream, hidden: list[Tensor]) -> Moments:
-    """The moments of what the head is given."""
-    moments: Moments | None = None
-    for window in hidden:
-        final = stream.final(window)
-        moments = moments or Moments(final.shape[1])
-        moments.add(final)
-        moments.settle()
-    assert moments is not None  # there is at least one window
-    return moments

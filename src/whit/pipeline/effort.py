@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from whit.checkpoints.imatrix import ImportanceMatrix
+from whit.ranks import ALONE, Ranks
 from whit.rounding.methods import Effort
 
 
@@ -37,13 +38,14 @@ DEFAULT_PRESET = "balanced"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text and effort.
+    """Text and effort, and who works on it.
 
     windows     [n, length] int64 token ids
     strength    how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all
     effort      of the rounding itself
     source      what the text is, for reports
     importance  what arrives at the layers, instead of windows
+    ranks       the processes that share the work; the result is the same whatever they are
     """
 
     windows: Tensor
@@ -51,6 +53,7 @@ class Calibration:
     effort: Effort = field(default_factory=Effort)
     source: str = ""
     importance: ImportanceMatrix | None = None
+    ranks: Ranks = ALONE
 
     @classmethod
     def on_importance(cls, importance: ImportanceMatrix, effort: Effort, source: str) -> Calibration:

@@ -20,13 +20,19 @@ from whit.models.model import Model
 from whit.models.taps import Slot
 from whit.pipeline.inputs import Inputs
 from whit.pipeline.sweep import Gradients, Progress, Sweep
+from whit.ranks import ALONE, Ranks
 
 MOST, BATCH = 32, 8
 STORED = torch.bfloat16  # two bytes per weight of the model; only ratios within a row matter
 
 
 def fisher(
-    model: Model, names: Collection[str], windows: Tensor, seed: int = 0, progress: Progress | None = None
+    model: Model,
+    names: Collection[str],
+    windows: Tensor,
+    seed: int = 0,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Fisher information of every weight of some matrices: tensor name -> bfloat16 of the tensor's shape.
 
@@ -36,14 +42,19 @@ def fisher(
     names    GGUF names; those that no block holds (embeddings, head) are left out of the result
     windows  [n, length] int64
     seed     of the labels
+    ranks    who sweeps a batch each; all of them have the result
     """
     tell = progress or (lambda done, total, what: None)
     windows = windows[torch.linspace(0, len(windows) - 1, min(MOST, len(windows))).round().long()]
     found: dict[str, Tensor] = {}
-    for n, batch in enumerate(windows.split(BATCH)):
-        visitor = _Squares(Sweep(model, batch, seed + n, tell), frozenset(names), len(windows))
-        visitor.run()
-        for name, part in visitor.fisher.items():
+    batches, kept = windows.split(BATCH), dict[str, Tensor]()
+    for n in range(len(batches)):
+        if n % ranks.size == 0 and n + ranks.rank < len(batches):  # everyone's next before anyone's is waited for
+            mine = n + ranks.rank
+            visitor = _Squares(Sweep(model, batches[mine], seed + mine, tell), frozenset(names), len(windows))
+            visitor.run()
+            kept = visitor.fisher
+        for name, part in ranks.given(kept, n % ranks.size).items():
             found[name] = part if name not in found else found[name] + part
     return found
 
