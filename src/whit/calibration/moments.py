@@ -76,7 +76,7 @@ class Moments:
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Count a batch.
 
-        x         [tokens, cols] float   inputs in the partly quantized model
+        x         [tokens, cols] float   on any device; inputs in the partly quantized model
         original  [tokens, cols] float   inputs of the same tokens in the original model
         """
         x = x.to(torch.float32, copy=True)  # the model may go on to change its own
@@ -87,7 +87,7 @@ class Moments:
         self.n_tokens += x.shape[0]
         if self._kept and x.shape[0]:
             some = torch.linspace(0, x.shape[0] - 1, min(self._kept, x.shape[0])).round().long()
-            self._tokens.append(x[some])
+            self._tokens.append(x[some].cpu())
         self._waiting.append((x, None if original is None else original.float() - x))
 
     def multiply(self) -> None:
@@ -104,10 +104,11 @@ class Moments:
             self._share = Share(own, shift)
 
     def share(self) -> Share:
-        """What came since the last share, taken out of here."""
+        """What came since the last share, taken out of here; on the CPU, wherever it was computed."""
         self.multiply()
-        taken, self._share = self._share, Share(None, None)
-        return taken
+        own, shift = self._share.own, self._share.shift
+        self._share = Share(None, None)
+        return Share(None if own is None else own.cpu(), None if shift is None else shift.cpu())
 
     def put(self, share: Share) -> None:
         """Add a share to the sums. Their order matters where magnitudes differ by more than 2^29: a share has 24

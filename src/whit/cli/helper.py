@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from whit.cli.ranks import LOST
+from whit.devices import device_named
 from whit.errors import RankError, WhitError
 from whit.models.open import open_model
 from whit.pipeline.helper import help_with
@@ -27,10 +28,11 @@ def main() -> int:
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     torch.set_num_threads(setup["threads"])
     try:
+        device = device_named(setup["device"], setup["rank"])
         model = open_model(setup["model"])
         print("ready", flush=True)
         with joined(dist.FileStore(setup["store"], setup["size"]), setup["rank"], setup["size"]) as ranks:
-            help_with(model, ranks)
+            help_with(model, ranks, device)
     except RankError:
         return LOST
     except WhitError as error:

@@ -33,7 +33,8 @@ from whit.cli.keep import (
     types_of,
 )
 from whit.cli.progress import progress_bar
-from whit.cli.ranks import RANKS_HELP, helped, is_helper, working
+from whit.cli.ranks import DEVICE_HELP, RANKS_HELP, helped, is_helper, working
+from whit.devices import device_named
 from whit.errors import CheckFailedError, OutputError, RecipeError
 from whit.models.model import Model
 from whit.models.open import open_model
@@ -117,6 +118,7 @@ def command(
     salient: Annotated[str | None, typer.Option(help=SALIENT_HELP)] = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every tensor that it fits, the head too.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ranks: Annotated[int, typer.Option(min=1, max=SHARES, help=RANKS_HELP)] = 1,
     rank: Annotated[int, typer.Option(hidden=True, envvar="RANK", help="What torchrun calls this process.")] = 0,
     no_verify: Annotated[
@@ -126,10 +128,11 @@ def command(
 ) -> None:
     """Make a model smaller: write a GGUF file, or a folder for vLLM and transformers, by a recipe."""
     if is_helper(rank):
-        helped(model)
+        helped(model, device)
         return
     console = Console(highlight=False, markup=False)
     check_rounding(rounding)
+    place = device_named(device)
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
     _check_request(recipe, fit, bpw, max_kl, context, repair, pure, settings, format_, distil, minutes)
@@ -176,8 +179,8 @@ def command(
     intended = Intended()
     scratch = bool(distil) or unseen is not None  # a run that is killed leaves no empty folder otherwise
     beside = TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") if scratch else nullcontext("")
-    with beside as folder, working(ranks, model) as group:
-        calibration = replace(calibration, ranks=group) if calibration else None
+    with beside as folder, working(ranks, model, device) as group:
+        calibration = replace(calibration, ranks=group, device=place) if calibration else None
         written = Path(folder) / out.name if distil else out
         text = None if calibration is None or imatrix else calibration.windows
         if chosen is not None and better is not None:

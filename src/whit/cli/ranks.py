@@ -21,12 +21,16 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from whit.devices import device_named
 from whit.errors import RankError
 from whit.pipeline.job import dismiss
 from whit.ranks import ALONE, Ranks, joined
 
 STORE, LOST = "store", 3  # exit status of a helper whose first rank is gone
 GRACE = 10.0  # seconds until a helper that is told to end must have ended
+DEVICE_HELP = (
+    "Where models run: cpu, cuda, cuda:1, `cuda:0,cuda:1` for ranks in turn, or auto. Rounding stays on the CPU."
+)
 RANKS_HELP = (
     "Share calibration and rounding out over so many processes, each with its part of the cores; the result is the "
     "same, byte for byte. For several machines see docs/scale.md (torchrun)."
@@ -38,21 +42,22 @@ def is_helper(rank: int) -> bool:
     return dist.is_torchelastic_launched() and rank > 0
 
 
-def helped(model: str) -> None:
-    """Be one of torchrun's ranks but the first, on the model with this name."""
+def helped(model: str, device: str) -> None:
+    """Be one of torchrun's ranks but the first, on the model with this name. device: as `device_named` reads it."""
     from whit.models.open import open_model
     from whit.pipeline.helper import help_with  # it imports transformers, which takes seconds
 
     with joined() as ranks:
-        help_with(open_model(model), ranks)
+        help_with(open_model(model), ranks, device_named(device, ranks.rank))
 
 
 @contextmanager
-def working(n: int, model: str) -> Iterator[Ranks]:
+def working(n: int, model: str, device: str) -> Iterator[Ranks]:
     """This process as the first of several, which wait for jobs while the context lasts.
 
     n      how many to start, this one included, when torchrun started none
     model  the name that the others open it by
+    device as `device_named` reads it
     Raises RankError with what a rank said when it ended before its work was done.
     """
     if dist.is_torchelastic_launched():
@@ -65,7 +70,7 @@ def working(n: int, model: str) -> Iterator[Ranks]:
         threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             store, share = str(Path(folder) / STORE), max(1, threads // n)
-            setup = {"model": model, "store": store, "size": n, "threads": share}
+            setup = {"model": model, "store": store, "size": n, "threads": share, "device": device}
             helpers = [stack.enter_context(_Helper({**setup, "rank": rank})) for rank in range(1, n)]
             try:
                 for helper in helpers:

@@ -81,7 +81,7 @@ class CalibratedRun:
         self._model, self._fisher = model, dict[str, Tensor]()  # of tensors that are still to be rounded
         self._steps = {step.tensor.name: step for step in steps}
         self._links, self._calibration = Links(view), calibration
-        self._stream = BlockStream(model, self._links.read)
+        self._stream = BlockStream(model, self._links.read, calibration.device)
         self._tell = progress or (lambda done, total, what: None)
         self._kv_heads = view.metadata.get(f"{view.architecture}.attention.head_count_kv", 0)
         self._sound: set[str] = set()  # the first producers of pairs that may be folded

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from whit.checkpoints.imatrix import ImportanceMatrix
+from whit.devices import CPU
 from whit.ranks import ALONE, Ranks
 from whit.rounding.methods import Effort
 
@@ -46,6 +47,7 @@ class Calibration:
     source      what the text is, for reports
     importance  what arrives at the layers, instead of windows
     ranks       the processes that share the work; the result is the same whatever they are
+    device      where this one runs the model
     """
 
     windows: Tensor
@@ -54,6 +56,7 @@ class Calibration:
     source: str = ""
     importance: ImportanceMatrix | None = None
     ranks: Ranks = ALONE
+    device: torch.device = CPU
 
     @classmethod
     def on_importance(cls, importance: ImportanceMatrix, effort: Effort, source: str) -> Calibration:

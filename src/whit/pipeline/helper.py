@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from whit.devices import CPU
 from whit.models.model import Model
 from whit.pipeline.calibrated import CalibratedRun
 from whit.pipeline.folder import FolderJob
@@ -10,9 +13,9 @@ from whit.pipeline.quantize import model_view, plan_gguf
 from whit.ranks import Ranks
 
 
-def help_with(model: Model, ranks: Ranks) -> None:
+def help_with(model: Model, ranks: Ranks, device: torch.device = CPU) -> None:
     """Work until the first rank has no more jobs. Raises what `CalibratedRun` raises, and RankError."""
-    while (job := offered(ranks)) is not None:
+    while (job := offered(ranks, device)) is not None:
         if job.recipe.layout == "gguf":
             plan, activations = plan_gguf(model, job.recipe), ""
         else:

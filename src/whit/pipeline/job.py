@@ -34,14 +34,17 @@ class Job:
             ranks.given({WINDOWS: self.calibration.windows})
 
 
-def offered(ranks: Ranks) -> Job | None:
-    """The next job of the first rank; None when there are no more. Raises RankError when it has ended."""
+def offered(ranks: Ranks, device: torch.device) -> Job | None:
+    """The next job of the first rank, to be done on a device of one's own; None when there are no more.
+
+    Raises RankError when the first rank has ended.
+    """
     said = ranks.said(None)
     if said is None:
         return None
     recipe, effort, strength, dtype = said
     recipe = Recipe(**{**recipe, "rules": tuple(Rule(**rule) for rule in recipe["rules"])})
-    calibration = Calibration(ranks.given(None)[WINDOWS], strength, Effort(**effort), ranks=ranks)
+    calibration = Calibration(ranks.given(None)[WINDOWS], strength, Effort(**effort), ranks=ranks, device=device)
     return Job(recipe, calibration, getattr(torch, dtype) if dtype else None)
 
 

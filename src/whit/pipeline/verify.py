@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.checkpoints.second import check_header
+from whit.devices import CPU
 from whit.errors import BadWeightsError, BrokenFileError
 from whit.evaluation.compare import compare_states, final_states
 from whit.evaluation.continuations import Continuations, compared, greedy
@@ -84,10 +85,13 @@ class _Written:
         self.by_model.append(greedy(module, self.prompts, WRITTEN))
 
 
-def verify(path: Path, original: Model, windows: Tensor, progress: Progress | None = None) -> Verified:
+def verify(
+    path: Path, original: Model, windows: Tensor, progress: Progress | None = None, device: torch.device = CPU
+) -> Verified:
     """Look at a file or folder in every way there is.
 
     windows  [n, length] int64, of the original's tokenizer
+    device   where both models run as a whole
     Raises ModelError when the original cannot be used or the file is another model, TextError as `compare` does. A file
     that cannot be read or run is no error but a verdict.
     """
@@ -105,7 +109,7 @@ def verify(path: Path, original: Model, windows: Tensor, progress: Progress | No
     faults = (*_of_labels(findings), *_of_decoders(looked.disagree, len(looked.damages)), *_of_tensors(looked))
     result, said, unreadable = None, None, ""
     try:
-        result, said = _measured(second.model, original, windows, _part(tell, 30, 80))
+        result, said = _measured(second.model, original, windows, _part(tell, 30, 80), device)
     except BadWeightsError as error:
         unreadable = str(error)
     culprits = _culprits(looked, second, original, windows[:1, :TRIED], _part(tell, 80, 100))
@@ -160,12 +164,12 @@ def _of_tensors(looked: Scan) -> list[str]:
 
 
 def _measured(
-    candidate: Model, original: Model, windows: Tensor, tell: Progress
+    candidate: Model, original: Model, windows: Tensor, tell: Progress, device: torch.device
 ) -> tuple[Comparison, Continuations | None]:
     n, length = windows.shape
     said = _Written(windows[:PROMPTS, : min(PROMPT, length // 2)])
-    reference = final_states(original, windows, lambda done, _, what: tell(done, 3 * n, what), said.add)
-    states = final_states(candidate, windows, lambda done, _, what: tell(n + done, 3 * n, what), said.add)
+    reference = final_states(original, windows, lambda done, _, what: tell(done, 3 * n, what), said.add, device)
+    states = final_states(candidate, windows, lambda done, _, what: tell(n + done, 3 * n, what), said.add, device)
     result = compare_states(states, reference, windows, lambda done, _, what: tell(2 * n + done, 3 * n, what))
     return result, compared(said.by_model[1], said.by_model[0])
 
