@@ -20,6 +20,8 @@ from torch import Tensor
 from whit.errors import BadWeightsError
 
 ENOUGH = 4  # tokens per input from which on an expert's own moments are enough
+UNSEEN = "no calibration token came here: moments of the other experts"
+THIN = f"fewer than {ENOUGH} tokens per input: backed by the other experts' moments"
 MAX_LOST = 0.001  # share of tokens with NaN or infinite inputs above which the statistics are refused
 
 
@@ -196,9 +198,7 @@ def pooled(experts: Sequence[Moments | None]) -> list[Moments | None]:
         if each is not None and n >= ENOUGH * cols:
             backed.append(each)
             continue
-        note = "no calibration token came here: moments of the other experts" if n == 0 else ""
-        note = note or f"fewer than {ENOUGH} tokens per input: backed by the other experts' moments"
-        backed.append((each or Moments(cols)).backed_by(mean, float(cols), note))
+        backed.append((each or Moments(cols)).backed_by(mean, float(cols), THIN if n else UNSEEN))
     return backed
 
 

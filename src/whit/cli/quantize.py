@@ -40,6 +40,7 @@ from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.afterwards import Intended, look
 from whit.pipeline.allocate import Allocator
+from whit.pipeline.coverage import coverage, numbered
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.folder import plan_model, write_model
 from whit.pipeline.inputs import SHARES
@@ -55,7 +56,7 @@ from whit.recipes.recipe import Recipe
 from whit.rounding.methods import FISHER, METHODS
 from whit.rounding.named import ROUNDINGS, check_rounding
 
-N_WORST = 3  # tensors named after a run
+N_WORST, N_THIN = 3, 6  # tensors and experts named after a run
 CALIB_DEFAULTS = ", ".join(f"`{preset.text}` for {name}" for name, preset in PRESETS.items())
 ROUNDING_HELP = (
     f"One of: {', '.join([*ROUNDINGS, *METHODS])}. `nearest`, `search` and `kl` need no calibration text; the others "
@@ -349,12 +350,27 @@ def loss_lines(losses: tuple[TensorLoss, ...]) -> list[str]:
     total = sum(each.loss for each in measured) / sum(each.plain for each in measured)
     worst = sorted(measured, key=lambda each: -each.loss / each.plain)[:N_WORST]
     named = ", ".join(f"{each.name} {each.loss / each.plain:.2f}" for each in worst)
-    lines = [f"Squared output error of the layers: {total:.3f} of plain rounding's (least gained: {named})."]
+    lines = coverage_lines(losses)
+    lines += [f"Squared output error of the layers: {total:.3f} of plain rounding's (least gained: {named})."]
     notes = Counter((family(each.name), each.note) for each in losses if each.note)
     lines += [f"  note: {n} x {family}: {note}" for (family, note), n in notes.items()]
     dead = Counter(family(each.name) for each in losses if each.n_dead)
     lines += [f"  note: {n} x {family} had inputs that the text never woke" for family, n in dead.items()]
     return lines
+
+
+def coverage_lines(losses: tuple[TensorLoss, ...]) -> list[str]:
+    """What experts saw of the text, and a warning that names those that saw little."""
+    experts = coverage(losses)
+    thin = sorted((each for each in experts if each.thin), key=lambda each: each.n_tokens)
+    if not thin:
+        return []
+    named = ", ".join(f"blk.{each.block} expert {each.expert} ({each.n_tokens})" for each in thin[:N_THIN])
+    more = f" and {len(thin) - N_THIN} more" if len(thin) > N_THIN else ""
+    return [
+        f"Warning: {len(thin)} of {len(experts)} experts saw too few calibration tokens for statistics of their own; "
+        f"they lean on their layer's mean: {named}{more}. More or other text helps (--windows, --calib)."
+    ]
 
 
 def _write_report(path: Path, result: Result, calibration: Calibration | None) -> None:
@@ -364,7 +380,7 @@ def _write_report(path: Path, result: Result, calibration: Calibration | None) -
         "recipe": str(result.plan.recipe),
         "calibration": calibration.source if calibration else None,
         "seconds": result.seconds,
-        "tensors": [asdict(each) for each in result.losses],
+        "tensors": [{**asdict(each), "expert": expert} for each, expert in numbered(result.losses)],
     }
     raw = json.dumps(content, indent=1).encode()
     with whole_file(path, len(raw), overwrite=True) as file:
