@@ -19,7 +19,7 @@ from torch import Tensor
 from whit.calibration.text import WINDOW
 from whit.checkpoints.atomic import check_folder, check_target, moved, whole_file
 from whit.checkpoints.imatrix import read_imatrix
-from whit.cli.budget import best_file, file_bytes, read_damages, swept
+from whit.cli.budget import best_file, file_bytes, parse_size, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, longest, shared_out
 from whit.cli.keep import (
     KEEP_HELP,
@@ -43,6 +43,7 @@ from whit.pipeline.allocate import Allocator
 from whit.pipeline.coverage import coverage, numbered
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.folder import plan_model, write_model
+from whit.pipeline.forecast import must_spill
 from whit.pipeline.inputs import SHARES
 from whit.pipeline.keep import check_kept, family
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
@@ -58,6 +59,9 @@ from whit.rounding.named import ROUNDINGS, check_rounding
 
 N_WORST, N_THIN = 3, 6  # tensors and experts named after a run
 CALIB_DEFAULTS = ", ".join(f"`{preset.text}` for {name}" for name, preset in PRESETS.items())
+RAM_HELP = (
+    "The process may take so much memory, such as 4GB: what it cannot hold of the text's hidden states goes to disk."
+)
 ROUNDING_HELP = (
     f"One of: {', '.join([*ROUNDINGS, *METHODS])}. `nearest`, `search` and `kl` need no calibration text; the others "
     "look at what arrives at every layer, those with `fisher` also at how much every weight matters to the predictions."
@@ -122,6 +126,7 @@ def command(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ranks: Annotated[int, typer.Option(min=1, max=SHARES, help=RANKS_HELP)] = 1,
     rank: Annotated[int, typer.Option(hidden=True, envvar="RANK", help="What torchrun calls this process.")] = 0,
+    ram: Annotated[str | None, typer.Option(help=RAM_HELP)] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not open the result again to check and measure it.")
     ] = False,
@@ -158,6 +163,11 @@ def command(
         allocator.check(n_bytes)
     if imatrix and rounding in FISHER:
         raise RecipeError(f"--rounding {rounding} takes gradients on a text; an importance matrix has none.")
+    most = parse_size(ram) if ram else None
+    if most and imatrix:
+        raise RecipeError("--ram is kept where a text is run, and by plain rounding; leave it or --imatrix.")
+    if most and plan:
+        must_spill(opened, plan, windows or PRESETS[preset].windows, most)  # refused before any work, if at all
     if layout != GGUF and imatrix:
         raise RecipeError("--imatrix is for GGUF files; folders for GPUs are rounded on text.")
     if distil and chosen is not None and chosen.activations:
@@ -181,7 +191,7 @@ def command(
     scratch = bool(distil) or unseen is not None  # a run that is killed leaves no empty folder otherwise
     beside = TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") if scratch else nullcontext("")
     with beside as folder, working(ranks, model, device) as group:
-        calibration = replace(calibration, ranks=group, device=place) if calibration else None
+        calibration = replace(calibration, ranks=group, device=place, ram=most) if calibration else None
         written = Path(folder) / out.name if distil else out
         text = None if calibration is None or imatrix else calibration.windows
         if chosen is not None and better is not None:

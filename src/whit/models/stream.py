@@ -81,10 +81,11 @@ class BlockStream:
         self.n_blocks = depth
         self._calls: list[_Call] = []
 
-    def start(self, windows: Tensor) -> list[Tensor]:
+    def start(self, windows: Tensor, take: Callable[[Tensor], None] | None = None) -> list[Tensor]:
         """Fill what is outside the blocks and run the embeddings.
 
         windows  [n, length] int64
+        take     is given what would be returned, window by window; then nothing is
         Returns per window the hidden states [1, length, hidden] that the first block is given.
         """
         recorders = [_Recorder(self._label) for _ in range(self.n_blocks)]
@@ -92,14 +93,14 @@ class BlockStream:
         make_buffers(self._module, self._module, self._device)
         self._fill(self._module, "")
         decoder = self._module.get_decoder()
-        hidden = []
+        hidden: list[Tensor] = []
         with torch.no_grad():
             for window in windows:
                 decoder(input_ids=window[None].to(self._device), use_cache=False)
                 for before, after in pairwise(recorders):
                     if after.given is not before.given:
                         raise ModelError(f"{self._label}: something happens between its blocks.")
-                hidden.append(recorders[0].given.to(CPU, copy=True))
+                (take or hidden.append)(recorders[0].given.to(CPU, copy=True))
         self._calls = [recorder.call for recorder in recorders]  # the same for all windows: they are equally long
         self._module.get_input_embeddings().to_empty(device="meta")
         return hidden

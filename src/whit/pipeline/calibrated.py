@@ -37,6 +37,7 @@ from whit.pipeline.plain import plain_pieces
 from whit.pipeline.plan import Piece, Rounded, Step
 from whit.pipeline.rounder import Rounder, Task
 from whit.pipeline.state import Block, State
+from whit.pipeline.windows import Spilled, Windows
 from whit.products import coarse_products
 from whit.recipes.folders import FIXED, SMOOTHED
 from whit.transforms.absorb import Pair, block_pairs, head_pair
@@ -101,15 +102,19 @@ class CalibratedRun:
         total = self._stream.n_blocks + 1
         self._tell(0, total, "embeddings")
         mine = [n for share in self._shares for n in share]
-        hidden = self._stream.start(self._calibration.windows[mine or [0]])  # masks are written down in any case
-        del hidden[len(mine) :]
-        original = list(hidden) if self._calibration.strength > 0 else []
+        hidden, original = self._store(), self._store()
+        self._stream.start(self._calibration.windows[mine or [0]], hidden.append)  # masks are written down in any case
+        if not mine:
+            hidden.clear()
+        if self._calibration.strength > 0:
+            for n in range(len(hidden)):
+                original.append(hidden[n])
         first = self._ranks.said(self._state.n_blocks if self._state else 0)
         if first:
             self._stream.fill(0)
             self._fuse_attention(hidden)
             self._stream.empty(0)
-            hidden, original = self._dealt()
+            self._deal(hidden, original)
             for index in range(first):
                 yield from self._again(self._state, index)
             self._sound = set(self._ranks.said(sorted(self._sound)))
@@ -130,26 +135,37 @@ class CalibratedRun:
             self._state.keep_fisher(found)
         return found
 
-    def _fuse_attention(self, hidden: list[Tensor]) -> None:
+    def _store(self) -> Windows:
+        """Where windows go."""
+        return [] if self._calibration.spill is None else Spilled(self._calibration.spill)
+
+    def _fuse_attention(self, hidden: Windows) -> None:
         """Decided on the first block and window, for all."""
         first = self._ranks.rank == 0
         if self._ranks.said(first and self._stream.fuse_attention(hidden[0])) and not first:
             self._stream.use_fused_attention()
 
-    def _dealt(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What the first unfinished block is given: to each rank its own of all windows, which the first has kept."""
-        kept, ranks = self._state.hidden() if self._state else ([], []), self._ranks
-        own: tuple[list[Tensor], list[Tensor]] = [], []
-        for windows, mine in zip(kept, own, strict=True):
+    def _deal(self, hidden: Windows, original: Windows) -> None:
+        """Put what the first unfinished block is given in place of what the first was: of all windows, which the first
+        rank has kept, to each its own.
+        """
+        ranks, own = self._ranks, windows_of(self._n, self._ranks, self._ranks.rank)
+        kept = self._store(), self._store()
+        if self._state:
+            self._state.hidden(*kept)
+        for windows, mine in zip(kept, (hidden, original), strict=True):
+            mine.clear()
             for n in range(ranks.said(len(windows))):
-                window = ranks.given({WINDOW: windows[n]} if windows else None)[WINDOW]
-                if n in windows_of(self._n, ranks, ranks.rank):
+                window = ranks.given({WINDOW: windows[n]} if len(windows) else None)[WINDOW]
+                if n in own:
                     mine.append(window)
-        return own
 
-    def _collected(self, own: list[Tensor]) -> list[Tensor]:
+    def _collected(self, own: Windows) -> Windows:
         """The windows of all ranks, on the first."""
-        ranks, windows = self._ranks, list[Tensor]()
+        ranks = self._ranks
+        if ranks.size == 1:
+            return own
+        windows = self._store()
         for by in range(ranks.size):
             for n in range(ranks.said(len(own), by)):
                 window = ranks.given({WINDOW: own[n]} if by == ranks.rank else None, by)[WINDOW]
@@ -172,7 +188,7 @@ class CalibratedRun:
             self._fisher.pop(name, None)
             yield self._steps.pop(name), iter(pieces)
 
-    def _block(self, index: int, hidden: list[Tensor], original: list[Tensor]) -> Iterator[Rounded]:
+    def _block(self, index: int, hidden: Windows, original: Windows) -> Iterator[Rounded]:
         stream, links, prefix = self._stream, self._links, self._stream.prefix(index)
         block = stream.fill(index)
         if index == 0:
@@ -180,7 +196,7 @@ class CalibratedRun:
         inputs = Inputs(prefix, self._kept, self._ranks)
         with coarse_products():
             for n in self._windows(inputs):
-                if original:
+                if len(original):
                     with watched(block, inputs.remember):
                         original[n] = stream.run(index, original[n])
                 with watched(block, inputs.see):
@@ -202,8 +218,8 @@ class CalibratedRun:
             yield step, _noted(pieces, made.setdefault(step.tensor.name, [])) if self._state else pieces
         stream.fill(index)
         with coarse_products():
-            for n, window in enumerate(hidden):
-                hidden[n] = stream.run(index, window)
+            for n in range(len(hidden)):
+                hidden[n] = stream.run(index, hidden[n])
         stream.empty(index)
         links.restore()
         windows, originals = self._collected(hidden), self._collected(original)
@@ -221,7 +237,7 @@ class CalibratedRun:
             yield from range(place, place := place + len(share))
             inputs.turn()
 
-    def _ends(self, hidden: list[Tensor]) -> Iterator[Rounded]:
+    def _ends(self, hidden: Windows) -> Iterator[Rounded]:
         """What is left: embeddings, final norm, head."""
         head = next(name for name in HEADS if name in self._steps)
         with coarse_products():
@@ -239,7 +255,7 @@ class CalibratedRun:
             tasks.append(Task(change.steps.get(name, step), seen, change.columns.get(name)))
         yield from self._rounded(tasks)
 
-    def _final(self, hidden: list[Tensor]) -> Moments | None:
+    def _final(self, hidden: Windows) -> Moments | None:
         """The moments of what the head is given."""
         inputs = Inputs("", 0, self._ranks)
         for n in self._windows(inputs):
@@ -248,7 +264,7 @@ class CalibratedRun:
         inputs.join()
         return inputs.of(HEAD)
 
-    def _folded(self, index: int, steps: dict[str, Step], inputs: Inputs, hidden: list[Tensor]) -> Folded:
+    def _folded(self, index: int, steps: dict[str, Step], inputs: Inputs, hidden: Windows) -> Folded:
         """Factors for the block's columns; on the first block a run decides which pairs leave the function alone."""
         names = list(steps)
         found = re.match(r"blk\.\d+\.", names[0]) if names else None

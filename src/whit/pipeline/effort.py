@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class Calibration:
     importance  what arrives at the layers, instead of windows
     ranks       the processes that share the work; the result is the same whatever they are
     device      where this one runs the model
+    ram         bytes that the process may take, None for what it needs; kept by writing hidden states to disk
+    spill       the folder on whose disk they go, None to hold them in memory
     """
 
     windows: Tensor
@@ -57,6 +60,8 @@ class Calibration:
     importance: ImportanceMatrix | None = None
     ranks: Ranks = ALONE
     device: torch.device = CPU
+    ram: int | None = None
+    spill: Path | None = None
 
     @classmethod
     def on_importance(cls, importance: ImportanceMatrix, effort: Effort, source: str) -> Calibration:

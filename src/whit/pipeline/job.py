@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -30,7 +31,8 @@ class Job:
         ranks, effort = self.calibration.ranks, asdict(self.calibration.effort)
         if ranks.size > 1:
             dtype = str(self.dtype).removeprefix("torch.") if self.dtype else None
-            ranks.said([asdict(self.recipe), effort, self.calibration.strength, dtype])
+            spill = str(self.calibration.spill.absolute()) if self.calibration.spill else None
+            ranks.said([asdict(self.recipe), effort, self.calibration.strength, dtype, spill])
             ranks.given({WINDOWS: self.calibration.windows})
 
 
@@ -42,9 +44,10 @@ def offered(ranks: Ranks, device: torch.device) -> Job | None:
     said = ranks.said(None)
     if said is None:
         return None
-    recipe, effort, strength, dtype = said
+    recipe, effort, strength, dtype, spill = said
     recipe = Recipe(**{**recipe, "rules": tuple(Rule(**rule) for rule in recipe["rules"])})
-    calibration = Calibration(ranks.given(None)[WINDOWS], strength, Effort(**effort), ranks=ranks, device=device)
+    windows, folder = ranks.given(None)[WINDOWS], Path(spill) if spill else None
+    calibration = Calibration(windows, strength, Effort(**effort), ranks=ranks, device=device, spill=folder)
     return Job(recipe, calibration, getattr(torch, dtype) if dtype else None)
 
 
