@@ -1,5 +1,7 @@
 """Sharing out, and one process alone; several are in tests/pipeline/test_helper.py."""
 
+import torch
+
 from whit.ranks import ALONE, Ranks, shared_out
 
 
@@ -21,3 +23,18 @@ def test_the_dearest_items_go_to_different_ranks_and_the_load_is_even() -> None:
 def test_one_process_alone_talks_to_nobody() -> None:
     assert ALONE.said({"a": 1}) == {"a": 1}
     assert ALONE.given({}) == {}
+
+
+def test_an_item_is_made_ready_and_computed_by_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+
+    def ready(n: int) -> int:
+        return 10 * n + torch.get_num_threads()
+
+    try:
+        found = ALONE.spread(lambda n: {"n": torch.tensor([n])}, [1, 2], float, ready)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert [int(each["n"]) for each in found] == [11, 21]

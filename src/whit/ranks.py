@@ -86,11 +86,18 @@ class Ranks:
     ) -> list[Result]:
         """As `parallel.spread`, on the cores of all ranks; every rank has all results.
 
-        ready  what is to be done before with an item, in this very process and only where it is computed
+        ready  what is to be done before with an item, in this very process and only where it is computed; by one
+               thread, as the rest is: the last bits of a factorization depend on their number
         """
         owners = shared_out([cost(item) for item in items], self.size)
         mine = [i for i, owner in enumerate(owners) if owner == self.rank]
-        found = dict(zip(mine, spread(function, [ready(items[i]) for i in mine], cost), strict=True))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            here = [ready(items[i]) for i in mine]
+        finally:
+            torch.set_num_threads(threads)
+        found = dict(zip(mine, spread(function, here, cost), strict=True))
         if self.size > 1:
             own = {f"{i} {name}": value for i, result in found.items() for name, value in result.items()}
             for by in range(self.size):
