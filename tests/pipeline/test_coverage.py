@@ -32,7 +32,11 @@ def test_the_tokens_of_every_expert_are_those_that_the_router_sends(
     model, text = open_model(tmp_path), torch.tensor(random_tokens(3 * 16)).view(3, 16)
     module, sent = load_module(model), torch.zeros(4, dtype=torch.int64)
     layer = module.get_submodule("model.layers.0.mlp.experts")
-    layer.register_forward_pre_hook(lambda _, args: sent.add_(torch.bincount(args[1].flatten(), minlength=4)))
+
+    def count(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        sent.add_(torch.bincount(args[1].flatten(), minlength=4))
+
+    layer.register_forward_pre_hook(count)
     with torch.no_grad():
         module(input_ids=text)
     calibration = Calibration(text, 0.0, Effort(sweeps=0, rescale=False))
