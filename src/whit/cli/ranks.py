@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,8 +100,9 @@ class _Helper:
             start_new_session=True,
         )
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(setup) + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it could not even start; `wait` says so
+            self.process.stdin.write(json.dumps(setup) + "\n")
+            self.process.stdin.flush()
 
     def wait(self) -> None:
         """Until it has opened the model. Raises RankError."""
@@ -127,7 +128,8 @@ class _Helper:
     def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()  # it ends with that
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()  # it ends with that
         try:
             self.process.wait(GRACE)
         except subprocess.TimeoutExpired:
