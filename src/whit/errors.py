@@ -9,6 +9,7 @@
     │   └── TooLongError           a prompt does not fit in the context
     ├── OutputError                the result cannot be written
     ├── TextError                  the text cannot be scored
+    ├── RankError                  another process of the run has ended
     ├── MissingPackageError        an optional package is needed; the message has the install line
     └── CheckFailedError           everything ran, the answer is "no": exit status 1
 
@@ -56,6 +57,10 @@ class OutputError(WhitError):
 
 class TextError(WhitError):
     """The text cannot be read or is too short to score."""
+
+
+class RankError(WhitError):
+    """Another process of a run with several has ended, or could not be reached."""
 
 
 class MissingPackageError(WhitError):

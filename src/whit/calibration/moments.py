@@ -4,12 +4,15 @@ One object serves every purpose: its whole is the loss of error feedback, its di
 inputs of the original model beside those of the quantized prefix it also holds C = sum of (x_original - x) x^T, from
 which the target that makes up for earlier layers' errors follows (docs/rounding.md).
 
-Products are made in float32, of one or a few batches, and added in float64.
+Products are made in float32, of one or a few batches. Sums are in float64: of the products one by one, or of shares of
+them that were added in float32 before, which a run may have made in several processes (ranks.py) and which are added in
+the order of the text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,12 +20,27 @@ from torch import Tensor
 from whit.errors import BadWeightsError
 
 ENOUGH = 4  # tokens per input from which on an expert's own moments are enough
+UNSEEN = "no calibration token came here: moments of the other experts"
+THIN = f"fewer than {ENOUGH} tokens per input: backed by the other experts' moments"
 MAX_LOST = 0.001  # share of tokens with NaN or infinite inputs above which the statistics are refused
+
+
+@dataclass(frozen=True)
+class Share:
+    """Sums of some batches, [cols, cols] float32 or float64; None when there were none.
+
+    own, shift  of x x^T and of (x_original - x) x^T
+    """
+
+    own: Tensor | None
+    shift: Tensor | None
 
 
 class Moments:
     """Second moments of one linear's inputs, accumulated batch by batch.
 
+    cols      how many inputs there are
+    shifted   whether those of the original model are known too
     n_tokens  tokens that were counted
     n_lost    tokens dropped because an input was NaN or infinite
     note      what was unusual about them, else empty
@@ -34,12 +52,14 @@ class Moments:
         shifted  whether `add` is also given the original model's inputs
         kept     tokens of every batch to keep as they are
         """
+        self.cols, self.shifted = cols, shifted
         self._kept, self._tokens = kept, list[Tensor]()
         self.n_tokens, self.n_lost, self.note = 0, 0, ""
         self._backing = 0.0  # tokens that were not counted here but stand behind the sum
         self._sum = torch.zeros(cols, cols, dtype=torch.float64)
         self._shift = torch.zeros(cols, cols, dtype=torch.float64) if shifted else None
-        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # batches that are not in the sums yet
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # batches that are in no product yet
+        self._share = Share(None, None)  # products that are not in the sums yet
 
     @classmethod
     def of_importance(cls, mean: Tensor, n_tokens: int) -> Moments:
@@ -75,7 +95,7 @@ class Moments:
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Count a batch.
 
-        x         [tokens, cols] float   inputs in the partly quantized model
+        x         [tokens, cols] float   on any device; inputs in the partly quantized model
         original  [tokens, cols] float   inputs of the same tokens in the original model
         """
         x = x.to(torch.float32, copy=True)  # the model may go on to change its own
@@ -86,22 +106,52 @@ class Moments:
         self.n_tokens += x.shape[0]
         if self._kept and x.shape[0]:
             some = torch.linspace(0, x.shape[0] - 1, min(self._kept, x.shape[0])).round().long()
-            self._tokens.append(x[some])
+            self._tokens.append(x[some].cpu())
         self._waiting.append((x, None if original is None else original.float() - x))
 
-    def settle(self) -> None:
-        """Put the batches that came since the last time into the sums, as one product.
-
-        What belongs together is up to the caller; the order of what was settled does not matter, unless magnitudes
-        differ by more than 2^29: a float32 product has 24 significant bits, a float64 sum 53.
-        """
+    def multiply(self) -> None:
+        """Put the batches that came since the last time into the share, as one product."""
         if self._waiting:
             x = torch.cat([batch for batch, _ in self._waiting])
             shifts = [shift for _, shift in self._waiting if shift is not None]
             self._waiting.clear()
-            self._sum += x.T @ x
-            if self._shift is not None and shifts:
-                self._shift += torch.cat(shifts).T @ x
+            own, shift = self._share.own, self._share.shift
+            own = x.T @ x if own is None else own.addmm_(x.T, x)
+            if shifts:
+                moved = torch.cat(shifts).T
+                shift = moved @ x if shift is None else shift.addmm_(moved, x)
+            self._share = Share(own, shift)
+
+    def share(self) -> Share:
+        """What came since the last share, taken out of here; on the CPU, wherever it was computed."""
+        self.multiply()
+        own, shift = self._share.own, self._share.shift
+        self._share = Share(None, None)
+        return Share(None if own is None else own.cpu(), None if shift is None else shift.cpu())
+
+    def put(self, share: Share) -> None:
+        """Add a share to the sums. Their order matters where magnitudes differ by more than 2^29: a share has 24
+        significant bits, a float64 sum 53.
+        """
+        if share.own is not None:
+            self._sum += share.own
+        if share.shift is not None and self._shift is not None:
+            self._shift += share.shift
+
+    def counted(self, n_tokens: int, n_lost: int, tokens: Tensor | None) -> None:
+        """Count what was counted elsewhere; its sums come by `put`. tokens: those of it that were kept."""
+        self.n_tokens += n_tokens
+        self.n_lost += n_lost
+        if tokens is not None:
+            self._tokens.append(tokens)
+
+    def sums(self) -> Share:
+        """What has been added up, in float64."""
+        return Share(self._sum, self._shift)
+
+    def settle(self) -> None:
+        """Put the batches that came since the last time into the sums, as one product where none was made before."""
+        self.put(self.share())
 
     def _total(self) -> Tensor:
         self.settle()
@@ -165,9 +215,7 @@ def pooled(experts: Sequence[Moments | None]) -> list[Moments | None]:
         if each is not None and n >= ENOUGH * cols:
             backed.append(each)
             continue
-        note = "no calibration token came here: moments of the other experts" if n == 0 else ""
-        note = note or f"fewer than {ENOUGH} tokens per input: backed by the other experts' moments"
-        backed.append((each or Moments(cols)).backed_by(mean, float(cols), note))
+        backed.append((each or Moments(cols)).backed_by(mean, float(cols), THIN if n else UNSEEN))
     return backed
 
 

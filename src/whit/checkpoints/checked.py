@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,16 @@ def write_checked(path: Path, said: Mapping[str, Any], tensors: Mapping[str, Ten
     """Write a whole file, or none; when this returns it survives a power cut.
 
     said     anything that JSON holds
-    tensors  of any shape and dtype, on the CPU
+    tensors  of any shape and dtype, on the CPU; each is asked for twice, and one at a time
     Raises OutputError when it cannot be written.
     """
     tensors = tensors or {}
-    entries = [[name, str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in tensors.items()]
+    entries, n_bytes = [], DIGEST
+    for name, value in tensors.items():
+        entries.append([name, str(value.dtype).removeprefix("torch."), list(value.shape)])
+        n_bytes += value.nbytes
     header = json.dumps({SAID: said, TENSORS: entries}).encode() + b"\n"
-    n_bytes = len(header) + sum(value.nbytes for value in tensors.values()) + DIGEST
+    n_bytes += len(header)
     digest = hashlib.sha256(header)
     with whole_file(path, n_bytes, overwrite=True) as file:
         file.write(header)
@@ -49,26 +52,36 @@ def write_checked(path: Path, said: Mapping[str, Any], tensors: Mapping[str, Ten
 
 def read_checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What was said, and the tensors. Raises BrokenFileError when a single bit is not as it was written."""
+    tensors: dict[str, Tensor] = {}
+    return taken_checked(path, tensors.__setitem__), tensors
+
+
+def taken_checked(path: Path, take: Callable[[str, Tensor], None]) -> dict[str, Any]:
+    """What was said; `take` is given every tensor and its name, before it is known whether all is well.
+
+    Raises BrokenFileError when a single bit is not as it was written.
+    """
     try:
         with path.open("rb") as file:
             header = file.readline()
             digest = hashlib.sha256(header)
             content = json.loads(header)
-            tensors: dict[str, Tensor] = {}
             left = path.stat().st_size - len(header) - DIGEST
             for name, dtype, shape in content[TENSORS]:
                 kind = getattr(torch, dtype)
                 left -= math.prod(shape) * kind.itemsize
                 if left < 0:  # before memory is asked for
                     raise ValueError("too short")
-                tensors[name] = torch.empty(shape, dtype=kind)
-                raw = _bytes(tensors[name])
+                value = torch.empty(shape, dtype=kind)
+                raw = _bytes(value)
                 if file.readinto(raw) != len(raw):
                     raise ValueError("too short")
                 digest.update(raw)
+                take(name, value)
             if file.read() != digest.digest():
                 raise ValueError("its checksum does not fit")
-            return content[SAID], tensors
+            said: dict[str, Any] = content[SAID]
+            return said
     except OSError as error:
         raise BrokenFileError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):

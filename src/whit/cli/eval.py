@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +17,8 @@ from rich.table import Table
 
 from whit.calibration.text import WINDOW, Text, default_text, read_text, windows
 from whit.cli.progress import progress_bar
+from whit.cli.ranks import DEVICE_HELP
+from whit.devices import CPU, device_named
 from whit.evaluation.compare import compare, scored
 from whit.evaluation.divergence import Comparison
 from whit.models.model import Model, bits_per_weight
@@ -52,17 +55,20 @@ def command(
     windows_: Annotated[
         int, typer.Option("--windows", help=f"Use at most so many windows of {WINDOW} tokens, from the start.")
     ] = DEFAULT_WINDOWS,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Exact figures with flat keys.")] = False,
 ) -> None:
     """Measure what a file lost against the original: divergence, perplexity, agreement."""
-    measurement = measure_files(candidate, against, text, windows_)
+    measurement = measure_files(candidate, against, text, windows_, device_named(device))
     if json:
         print(jsonlib.dumps(flat(measurement), indent=2, allow_nan=False))
     else:
         _print(Console(highlight=False), measurement)
 
 
-def measure_files(candidate: str, against: str, text_path: Path | None, n_windows: int) -> Measurement:
+def measure_files(
+    candidate: str, against: str, text_path: Path | None, n_windows: int, device: torch.device = CPU
+) -> Measurement:
     """Open both models, cut the text with the reference's tokenizer, compare.
 
     Raises ModelError for either model, TextError for a text that cannot be read or scored.
@@ -73,7 +79,7 @@ def measure_files(candidate: str, against: str, text_path: Path | None, n_window
     ids = load_tokenizer(reference).encode(text.content)
     used = windows(ids, limit=n_windows)
     with progress_bar("measuring") as progress:
-        result = compare(opened, reference, used, progress=progress)
+        result = compare(opened, reference, used, progress, device)
     seconds = time.perf_counter() - started
     return Measurement(opened, reference, text, len(used), len(ids) // WINDOW, result, seconds)
 

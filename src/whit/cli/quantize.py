@@ -19,7 +19,7 @@ from torch import Tensor
 from whit.calibration.text import WINDOW
 from whit.checkpoints.atomic import check_folder, check_target, moved, whole_file
 from whit.checkpoints.imatrix import read_imatrix
-from whit.cli.budget import best_file, file_bytes, read_damages, swept
+from whit.cli.budget import best_file, file_bytes, parse_size, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, longest, shared_out
 from whit.cli.keep import (
     KEEP_HELP,
@@ -32,13 +32,18 @@ from whit.cli.keep import (
     types_of,
 )
 from whit.cli.progress import progress_bar
+from whit.cli.ranks import DEVICE_HELP, RANKS_HELP, helped, is_helper, working
+from whit.devices import device_named
 from whit.errors import CheckFailedError, OutputError, RecipeError
 from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.afterwards import Intended, look
 from whit.pipeline.allocate import Allocator
+from whit.pipeline.coverage import coverage, numbered
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.folder import plan_model, write_model
+from whit.pipeline.forecast import must_spill
+from whit.pipeline.inputs import SHARES
 from whit.pipeline.keep import check_kept, family, keeping
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
 from whit.pipeline.quantize import Result
@@ -51,8 +56,11 @@ from whit.recipes.recipe import Recipe
 from whit.rounding.methods import FISHER, METHODS
 from whit.rounding.named import ROUNDINGS, check_rounding
 
-N_WORST = 3  # tensors named after a run
+N_WORST, N_THIN = 3, 6  # tensors and experts named after a run
 CALIB_DEFAULTS = ", ".join(f"`{preset.text}` for {name}" for name, preset in PRESETS.items())
+RAM_HELP = (
+    "The process may take so much memory, such as 4GB: what it cannot hold of the text's hidden states goes to disk."
+)
 ROUNDING_HELP = (
     f"One of: {', '.join([*ROUNDINGS, *METHODS])}. `nearest`, `search` and `kl` need no calibration text; the others "
     "look at what arrives at every layer, those with `fisher` also at how much every weight matters to the predictions."
@@ -111,14 +119,22 @@ def command(
     salient: Annotated[str | None, typer.Option(help=SALIENT_HELP)] = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every tensor that it fits, the head too.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what every tensor lost to this JSON file.")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    ranks: Annotated[int, typer.Option(min=1, max=SHARES, help=RANKS_HELP)] = 1,
+    rank: Annotated[int, typer.Option(hidden=True, envvar="RANK", help="What torchrun calls this process.")] = 0,
+    ram: Annotated[str | None, typer.Option(help=RAM_HELP)] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not open the result again to check and measure it.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Make a model smaller: write a GGUF file, or a folder for vLLM and transformers, by a recipe."""
+    if is_helper(rank):
+        helped(model, device)
+        return
     console = Console(highlight=False, markup=False)
     check_rounding(rounding)
+    place = device_named(device)
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
     _check_request(recipe, fit, bpw, max_kl, context, repair, pure, format_, distil, minutes)
@@ -144,6 +160,11 @@ def command(
         allocator.check(n_bytes)
     if imatrix and rounding in FISHER:
         raise RecipeError(f"--rounding {rounding} takes gradients on a text; an importance matrix has none.")
+    most = parse_size(ram) if ram else None
+    if most and imatrix:
+        raise RecipeError("--ram is kept where a text is run, and by plain rounding; leave it or --imatrix.")
+    if most and plan:
+        must_spill(opened, plan, windows or PRESETS[preset].windows, most)  # refused before any work, if at all
     if layout != GGUF and imatrix:
         raise RecipeError("--imatrix is for GGUF files; folders for GPUs are rounded on text.")
     if distil and chosen is not None and chosen.activations:
@@ -161,9 +182,13 @@ def command(
         from whit.cli import distil as distilling  # it imports transformers, which takes seconds
 
         held_out, train = distilling.texts(console, opened, calib)
+    if ranks > 1 and (calibration is None or imatrix):
+        raise RecipeError("--ranks shares out what is done with a text; there is none here, and all cores are used.")
     intended = Intended()
     scratch = bool(distil) or unseen is not None  # a run that is killed leaves no empty folder otherwise
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") if scratch else nullcontext("") as folder:
+    beside = TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") if scratch else nullcontext("")
+    with beside as folder, working(ranks, model, device) as group:
+        calibration = replace(calibration, ranks=group, device=place, ram=most) if calibration else None
         written = Path(folder) / out.name if distil else out
         text = None if calibration is None or imatrix else calibration.windows
         if chosen is not None and better is not None:
@@ -331,12 +356,27 @@ def loss_lines(losses: tuple[TensorLoss, ...]) -> list[str]:
     total = sum(each.loss for each in measured) / sum(each.plain for each in measured)
     worst = sorted(measured, key=lambda each: -each.loss / each.plain)[:N_WORST]
     named = ", ".join(f"{each.name} {each.loss / each.plain:.2f}" for each in worst)
-    lines = [f"Squared output error of the layers: {total:.3f} of plain rounding's (least gained: {named})."]
+    lines = coverage_lines(losses)
+    lines += [f"Squared output error of the layers: {total:.3f} of plain rounding's (least gained: {named})."]
     notes = Counter((family(each.name), each.note) for each in losses if each.note)
     lines += [f"  note: {n} x {family}: {note}" for (family, note), n in notes.items()]
     dead = Counter(family(each.name) for each in losses if each.n_dead)
     lines += [f"  note: {n} x {family} had inputs that the text never woke" for family, n in dead.items()]
     return lines
+
+
+def coverage_lines(losses: tuple[TensorLoss, ...]) -> list[str]:
+    """What experts saw of the text, and a warning that names those that saw little."""
+    experts = coverage(losses)
+    thin = sorted((each for each in experts if each.thin), key=lambda each: each.n_tokens)
+    if not thin:
+        return []
+    named = ", ".join(f"blk.{each.block} expert {each.expert} ({each.n_tokens})" for each in thin[:N_THIN])
+    more = f" and {len(thin) - N_THIN} more" if len(thin) > N_THIN else ""
+    return [
+        f"Warning: {len(thin)} of {len(experts)} experts saw too few calibration tokens for statistics of their own; "
+        f"they lean on their layer's mean: {named}{more}. More or other text helps (--windows, --calib)."
+    ]
 
 
 def _write_report(path: Path, result: Result, calibration: Calibration | None) -> None:
@@ -346,7 +386,7 @@ def _write_report(path: Path, result: Result, calibration: Calibration | None) -
         "recipe": str(result.plan.recipe),
         "calibration": calibration.source if calibration else None,
         "seconds": result.seconds,
-        "tensors": [asdict(each) for each in result.losses],
+        "tensors": [{**asdict(each), "expert": expert} for each, expert in numbered(result.losses)],
     }
     raw = json.dumps(content, indent=1).encode()
     with whole_file(path, len(raw), overwrite=True) as file:

@@ -16,6 +16,8 @@ from whit.calibration.text import WINDOW, Text, default_text, read_text
 from whit.calibration.text import windows as cut
 from whit.cli.calibration import longest
 from whit.cli.progress import progress_bar
+from whit.cli.ranks import DEVICE_HELP
+from whit.devices import device_named
 from whit.errors import ModelError
 from whit.models.open import open_model
 from whit.models.tokenizer import load_tokenizer
@@ -35,6 +37,7 @@ def command(
     windows: Annotated[
         int, typer.Option(min=1, help=f"Use at most so many windows of {WINDOW} tokens, from the start.")
     ] = DEFAULT_WINDOWS,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Say in one word whether a written file is good, and which tensors are to blame if it is not.
@@ -43,13 +46,13 @@ def command(
     """
     if not file.exists():
         raise ModelError(f"{file}: no such file or folder. Give what `whit quantize` has written.")
-    original = open_model(against)
+    place, original = device_named(device), open_model(against)
     source = default_text() if text is None else read_text(text)
     length = min(WINDOW, longest(original))
     some = source.content[: windows * length * PER_TOKEN]  # encoding all of it takes longer than reading it
     used = cut(load_tokenizer(original).encode(some), length, windows)
     with progress_bar("verifying") as progress:
-        found = verify(file, original, used, progress)
+        found = verify(file, original, used, progress, place)
     if json:
         print(jsonlib.dumps(_flat(file, against, source, len(used), length, found), indent=1, allow_nan=False))
     else:

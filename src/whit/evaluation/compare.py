@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from whit.devices import CPU
 from whit.errors import BadWeightsError, ModelError, TextError
 from whit.evaluation.divergence import Comparison, TokenMeasures, joined, measure, summarize
 from whit.models.model import Model
@@ -45,11 +46,14 @@ class FinalStates:
     n_vocab: int
 
 
-def compare(candidate: Model, reference: Model, windows: Tensor, progress: Progress | None = None) -> Comparison:
+def compare(
+    candidate: Model, reference: Model, windows: Tensor, progress: Progress | None = None, device: torch.device = CPU
+) -> Comparison:
     """Measure how far `candidate` is from `reference` on a text.
 
     windows   [windows, length] int64   token ids, as `whit.calibration.text.windows` cuts them
     progress  told (steps done, steps in all, what)
+    device    where the models run
     Raises ModelError when the models cannot be loaded or do not share a vocabulary, BadWeightsError when logits are
     not finite, TextError when the windows do not fit the models.
     """
@@ -58,24 +62,29 @@ def compare(candidate: Model, reference: Model, windows: Tensor, progress: Progr
     def after(steps: int) -> Progress:
         return lambda done, _, what: tell(steps + done, 3 * n, what)
 
-    states_reference = final_states(reference, windows, after(0))
-    states_candidate = final_states(candidate, windows, after(n))
+    states_reference = final_states(reference, windows, after(0), device=device)
+    states_candidate = final_states(candidate, windows, after(n), device=device)
     return compare_states(states_candidate, states_reference, windows, after(2 * n))
 
 
 def final_states(
-    model: Model, windows: Tensor, progress: Progress | None = None, whole: Callable[[nn.Module], None] | None = None
+    model: Model,
+    windows: Tensor,
+    progress: Progress | None = None,
+    whole: Callable[[nn.Module], None] | None = None,
+    device: torch.device = CPU,
 ) -> FinalStates:
     """Load a model, let it read every window, keep the hidden states of the scored positions and its head.
 
     windows  [windows, length] int64
+    device   where it runs; what is kept of it is on the CPU, but for the head
     whole    is given the loaded model before it is cut in two, for what else is to be asked of it
     Raises ModelError, BadWeightsError, TextError as `compare` does. Several candidates may share a reference's states.
     """
     tell = progress or _ignore
     n, length = windows.shape
     tell(0, n, f"loading {model.label}")
-    module = load_module(model)
+    module = load_module(model).to(device)
     if whole is not None:
         whole(module)
     halves = split(module)

@@ -31,13 +31,13 @@ def greedy(module: nn.Module, prompts: Tensor, n_tokens: int) -> Tensor:
     prompts  [prompts, length] int64
     Returns [prompts, n_tokens] int64. No end of text ends it: what comes after is the same for both when they agree.
     """
-    ids, cache, out = prompts, None, []
+    ids, cache, out = prompts.to(next(module.parameters()).device), None, []
     with torch.inference_mode():
         for _ in range(n_tokens):
             result = module(input_ids=ids, past_key_values=cache, use_cache=True)
             ids, cache = result.logits[:, -1].argmax(-1, keepdim=True), result.past_key_values
             out.append(ids)
-    return torch.cat(out, dim=1)
+    return torch.cat(out, dim=1).cpu()
 
 
 def compared(candidate: Tensor, reference: Tensor) -> Continuations:

@@ -9,7 +9,7 @@ that the peak is one copy of the weights plus one tensor (plus one fused tensor 
 model itself with its decoder replaced by a pass-through, so that soft caps and logit scales stay where
 transformers wrote them, and logits of long texts can be made in pieces.
 
-Left out: devices other than the CPU, and running a model block by block.
+Left out: running a model block by block.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ def load_module(model: Model, dtype: torch.dtype = torch.float32) -> nn.Module:
 class Halves:
     """A model cut between its final hidden states and its logits.
 
+    Both take and return tensors on the CPU, wherever the model is.
+
     body      token ids [batch, tokens] int64 -> final hidden states [batch, tokens, hidden]
     head      final hidden states [positions, hidden] -> logits [positions, vocab]
     n_vocab   tokens that the model knows
@@ -138,19 +140,22 @@ def split(module: nn.Module) -> Halves:
     if path is None:
         raise ModelError(f"{type(module).__name__}: its decoder cannot be told from its head; it cannot be measured.")
     config = module.config.get_text_config()
+    device = module.device
     probe = torch.arange(min(4, config.vocab_size))[None]  # [1, tokens]
     with torch.inference_mode():
-        expected = module(input_ids=probe, use_cache=False).logits[0]  # [tokens, vocab]
-        output = type(decoder(input_ids=probe, use_cache=False))
+        expected = module(input_ids=probe.to(device), use_cache=False).logits[0].cpu()  # [tokens, vocab]
+        output = type(decoder(input_ids=probe.to(device), use_cache=False))
     module.set_submodule(path, PassThrough(output))
 
     def body(ids: Tensor) -> Tensor:
         with torch.inference_mode():
-            return decoder(input_ids=ids, use_cache=False).last_hidden_state
+            found: Tensor = decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
+            return found.cpu()
 
     def head(hidden: Tensor) -> Tensor:
         with torch.inference_mode():
-            return module(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            logits: Tensor = module(inputs_embeds=hidden[None].to(device), use_cache=False).logits[0]
+            return logits.cpu()
 
     # The order of a sum may depend on how many rows are multiplied at once, hence a tolerance at all.
     if not torch.allclose(head(body(probe)[0]), expected, rtol=1e-4, atol=1e-5):

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from whit.devices import CPU
 from whit.errors import ModelError
 from whit.models.model import Model
 from whit.models.skeleton import check_finite, config_and_class, quiet
@@ -57,17 +58,18 @@ class BlockStream:
     n_blocks  how many there are
     """
 
-    def __init__(self, model: Model, read: Read) -> None:
+    def __init__(self, model: Model, read: Read, device: torch.device = CPU) -> None:
         """Build the model without its weights.
 
-        read  gives a parameter's values; called again each time that a block is filled
+        read    gives a parameter's values; called again each time that a block is filled
+        device  where weights are and blocks run; hidden states are given and returned on the CPU
         Raises ModelError when the architecture cannot be cut into blocks.
         """
         config, cls = config_and_class(model)
         with quiet(), torch.device("meta"):
             module = cls._from_config(config, attn_implementation="eager", experts_implementation="eager")
         self._module: PreTrainedModel = module.eval().requires_grad_(False)
-        self._read, self._label = read, model.label
+        self._read, self._label, self._device = read, model.label, device
         depth = config.get_text_config().num_hidden_layers
         lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
         found = [name for name, part in lists.items() if len(part) == depth and not _inside(name, lists)]
@@ -78,25 +80,26 @@ class BlockStream:
         self.n_blocks = depth
         self._calls: list[_Call] = []
 
-    def start(self, windows: Tensor) -> list[Tensor]:
+    def start(self, windows: Tensor, take: Callable[[Tensor], None] | None = None) -> list[Tensor]:
         """Fill what is outside the blocks and run the embeddings.
 
         windows  [n, length] int64
+        take     is given what would be returned, window by window; then nothing is
         Returns per window the hidden states [1, length, hidden] that the first block is given.
         """
         recorders = [_Recorder(self._label) for _ in range(self.n_blocks)]
         self._module.set_submodule(self._path, nn.ModuleList(recorders))
-        make_buffers(self._module, self._module)
+        make_buffers(self._module, self._module, self._device)
         self._fill(self._module, "")
         decoder = self._module.get_decoder()
-        hidden = []
+        hidden: list[Tensor] = []
         with torch.no_grad():
             for window in windows:
-                decoder(input_ids=window[None], use_cache=False)
+                decoder(input_ids=window[None].to(self._device), use_cache=False)
                 for before, after in pairwise(recorders):
                     if after.given is not before.given:
                         raise ModelError(f"{self._label}: something happens between its blocks.")
-                hidden.append(recorders[0].given.clone())
+                (take or hidden.append)(recorders[0].given.to(CPU, copy=True))
         self._calls = [recorder.call for recorder in recorders]  # the same for all windows: they are equally long
         self._module.get_input_embeddings().to_empty(device="meta")
         return hidden
@@ -104,7 +107,7 @@ class BlockStream:
     def fill(self, index: int) -> nn.Module:
         """Block `index` with its weights."""
         block = self._blocks[index]
-        make_buffers(self._module, block)
+        make_buffers(self._module, block, self._device)
         self._fill(block, f"{self._path}.{index}.")
         return block
 
@@ -115,8 +118,8 @@ class BlockStream:
         """
         call = self._calls[index]
         with torch.set_grad_enabled(hidden.requires_grad):
-            out = _called(self._blocks[index], weights, (hidden, *call.args), call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+            out = _called(self._blocks[index], weights, (hidden.to(self._device), *call.args), call.kwargs)
+        return (out[0] if isinstance(out, tuple) else out).to(hidden.device)
 
     def fuse_attention(self, hidden: Tensor) -> bool:
         """From now on compute attention in one fused operation, if that is the same; returns whether it is.
@@ -135,6 +138,10 @@ class BlockStream:
             config._attn_implementation = plain
         return bool(fused)
 
+    def use_fused_attention(self) -> None:
+        """As `fuse_attention`, where it has been found to be the same."""
+        self._module.config.get_text_config()._attn_implementation = FUSED
+
     def prefix(self, index: int) -> str:
         """What stands before the names of a block's parameters in the whole model."""
         return f"{self._path}.{index}."
@@ -151,7 +158,8 @@ class BlockStream:
 
     def final(self, hidden: Tensor) -> Tensor:
         """One window after the last block -> what the head is given, [length, hidden]; differentiable as `run` is."""
-        return self._after_blocks(self._module.get_decoder(), hidden).last_hidden_state[0]
+        found = self._after_blocks(self._module.get_decoder(), hidden.to(self._device)).last_hidden_state[0]
+        return cast(Tensor, found).to(hidden.device)
 
     def logits(self, hidden: Tensor, head: Tensor, weights: Weights | None = None) -> Tensor:
         """Any part [1, n, hidden] of a window after the last block -> logits [n, vocab], caps and scales included.
@@ -194,7 +202,7 @@ class BlockStream:
                 full = prefix + (f"{name}.{key}" if name else key)
                 values = self._read(full, tuple(parameter.shape)).to(torch.float32)
                 check_finite(values, full, self._label)
-                setattr(module, key, nn.Parameter(values, requires_grad=False))
+                setattr(module, key, nn.Parameter(values.to(self._device), requires_grad=False))
 
 
 class _Replay(nn.Module):
@@ -216,7 +224,7 @@ def _inside(name: str, lists: dict[str, nn.ModuleList]) -> bool:
     return any(name.startswith(f"{other}.") for other in lists)
 
 
-def make_buffers(model: PreTrainedModel, part: nn.Module) -> None:
+def make_buffers(model: PreTrainedModel, part: nn.Module, device: torch.device = CPU) -> None:
     """Buffers are no weights: transformers computes them from the configuration."""
     for module in part.modules():
         own = dict(module.named_buffers(recurse=False))
@@ -226,3 +234,5 @@ def make_buffers(model: PreTrainedModel, part: nn.Module) -> None:
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         with torch.no_grad():
             model._init_weights(module)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.to(device)

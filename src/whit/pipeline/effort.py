@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from whit.checkpoints.imatrix import ImportanceMatrix
+from whit.devices import CPU
 from whit.pipeline.statistics import Statistics
+from whit.ranks import ALONE, Ranks
 from whit.rounding.methods import Effort
 
 
@@ -38,7 +41,7 @@ DEFAULT_PRESET = "balanced"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text and effort.
+    """Text and effort, and who works on it.
 
     windows     [n, length] int64 token ids
     strength    how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all
@@ -46,6 +49,10 @@ class Calibration:
     source      what the text is, for reports
     importance  what arrives at the layers, instead of windows
     statistics  moments of the original model on the windows, gathered before: no block is run again
+    ranks       the processes that share the work; the result is the same whatever they are
+    device      where this one runs the model
+    ram         bytes that the process may take, None for what it needs; kept by writing hidden states to disk
+    spill       the folder on whose disk they go, None to hold them in memory
     """
 
     windows: Tensor
@@ -54,6 +61,10 @@ class Calibration:
     source: str = ""
     importance: ImportanceMatrix | None = None
     statistics: Statistics | None = None
+    ranks: Ranks = ALONE
+    device: torch.device = CPU
+    ram: int | None = None
+    spill: Path | None = None
 
     @classmethod
     def on_importance(cls, importance: ImportanceMatrix, effort: Effort, source: str) -> Calibration:

@@ -21,10 +21,16 @@ from whit.models.model import Model
 from whit.models.taps import Slot
 from whit.pipeline.inputs import Inputs
 from whit.pipeline.sweep import Gradients, Progress, Sweep
+from whit.ranks import ALONE, Ranks
 
 
 def fisher(
-    model: Model, names: Collection[str], windows: Tensor, seed: int = 0, progress: Progress | None = None
+    model: Model,
+    names: Collection[str],
+    windows: Tensor,
+    seed: int = 0,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Fisher information of every weight of some matrices: tensor name -> bfloat16 of the tensor's shape.
 
@@ -34,14 +40,19 @@ def fisher(
     names    GGUF names; those that no block holds (embeddings, head) are left out of the result
     windows  [n, length] int64
     seed     of the labels
+    ranks    who sweeps a batch each; all of them have the result
     """
     tell = progress or (lambda done, total, what: None)
     found: dict[str, Tensor] = {}
-    chosen = batches(len(windows))
-    for n, batch in enumerate(chosen):
-        visitor = _Squares(Sweep(model, windows[batch], seed + n, tell), frozenset(names), sum(map(len, chosen)))
-        visitor.run()
-        for name, part in visitor.fisher.items():
+    chosen, kept = batches(len(windows)), dict[str, Tensor]()
+    for n in range(len(chosen)):
+        if n % ranks.size == 0 and n + ranks.rank < len(chosen):  # everyone's next before anyone's is waited for
+            mine = n + ranks.rank
+            sweep = Sweep(model, windows[chosen[mine]], seed + mine, tell)
+            visitor = _Squares(sweep, frozenset(names), sum(map(len, chosen)))
+            visitor.run()
+            kept = visitor.fisher
+        for name, part in ranks.given(kept, n % ranks.size).items():
             found[name] = part if name not in found else found[name] + part
     return found
 

@@ -28,7 +28,9 @@ from whit.models.links import Links
 from whit.models.model import Model
 from whit.pipeline.effort import Calibration, TensorLoss
 from whit.pipeline.folder_plan import FLOATS, FolderPlanner
+from whit.pipeline.forecast import within
 from whit.pipeline.formats import FOLDERS, Said, has_zero_points
+from whit.pipeline.job import Job
 from whit.pipeline.plain import plain_tensors
 from whit.pipeline.plan import Plan, Rounded, Step
 from whit.pipeline.quantize import Progress, Result, Watch, model_view, plan_gguf, predicted_bytes, write_gguf
@@ -115,6 +117,8 @@ class FolderJob:
                 from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
 
                 steps = self.plan.steps
+                calibration = within(self._model, self.plan, calibration, path.parent)
+                Job(self._recipe, calibration, self.dtype).offer()
                 run = CalibratedRun(self._model, self._view, steps, calibration, progress, activations, state)
                 self._write(run.tensors(), watch, run.input_scales)
                 losses = run.rounder.losses

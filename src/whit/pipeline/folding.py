@@ -20,7 +20,6 @@ from whit.grids.grid import Adaptive
 from whit.models.architecture import GGUFView, Part
 from whit.models.links import Links
 from whit.models.stream import BlockStream
-from whit.parallel import spread
 from whit.pipeline.plan import Step
 from whit.pipeline.rounder import Rounder
 from whit.rounding.curvature import Curvature
@@ -31,7 +30,17 @@ from whit.transforms.smooth import smooth_factors
 
 UNCHANGED = 1e-3  # relative change of a block's output up to which a fold has left the function as it was
 FACTORS = "factors"
-_Task = tuple[Pair, list[Sample], Curvature, Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A pair for which factors are to be chosen; the curvature follows from what is seen."""
+
+    pair: Pair
+    samples: list[Sample]
+    seen: Moments
+    tokens: Tensor | None
+    c: Curvature | None = None
 
 
 @dataclass(frozen=True)
@@ -59,19 +68,24 @@ def folded(
     moments  of what arrives at a matrix
     smooth   whether that is quantized too; moments hold some of it
     """
-    todo: list[_Task] = []
+    todo: list[_Choice] = []
     for pair in pairs:
         involved = [steps[name] for name in (*pair.producers, *pair.consumers)]
         seen = moments(pair.consumers[0])
         samples = _samples(pair, steps)
         stored = any(step.stored is not None and not isinstance(step.grid, Float) for step in involved)
         if samples and not stored and seen is not None and not seen.is_empty:
-            todo.append((pair, samples, rounder.curvature_of(seen), seen.tokens if smooth else None))
-    chosen = spread(_chosen, todo, lambda each: len(each[1]) * len(each[0].channel) ** 1.2)
+            todo.append(_Choice(pair, samples, seen, seen.tokens if smooth else None))
+    chosen = rounder.ranks.spread(
+        _chosen,
+        todo,
+        lambda each: len(each.samples) * len(each.pair.channel) ** 1.2,
+        lambda each: replace(each, c=rounder.curvature_of(each.seen)),
+    )
     result = Folded({}, {})
-    for (pair, *_), found in zip(todo, chosen, strict=True):
+    for each, found in zip(todo, chosen, strict=True):
         if len(found[FACTORS]):
-            _fold(pair, found[FACTORS], steps, result)
+            _fold(each.pair, found[FACTORS], steps, result)
     return result
 
 
@@ -138,12 +152,12 @@ def _fold(pair: Pair, t: Tensor, steps: Mapping[str, Step], result: Folded) -> N
             result.steps[name] = _columns_multiplied(step, columns)
 
 
-def _chosen(task: _Task) -> dict[str, Tensor]:
-    pair, samples, c, tokens = task
-    if tokens is None:
-        t = column_factors(samples, c, pair.channel)
+def _chosen(choice: _Choice) -> dict[str, Tensor]:
+    c, channel = cast(Curvature, choice.c), choice.pair.channel
+    if choice.tokens is None:
+        t = column_factors(choice.samples, c, channel)
     else:  # inputs are quantized too
-        t = smooth_factors(samples, tokens, c.H.diagonal().float(), pair.channel)
+        t = smooth_factors(choice.samples, choice.tokens, c.H.diagonal().float(), channel)
     return {FACTORS: torch.empty(0) if t is None else t}
 
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
+from pathlib import Path
 
+from whit.errors import RecipeError
 from whit.models.model import Model
+from whit.pipeline.effort import Calibration
 from whit.pipeline.plan import Plan
 
 PLAIN, CALIBRATED = 280e6, 465e6  # bytes with all imports; the second with transformers and a tokenizer
@@ -25,7 +29,7 @@ def needs_text(plan: Plan) -> bool:
     return any(step.needs_moments for step in plan.steps)
 
 
-def ram_bytes(model: Model, plan: Plan, windows: int) -> float:
+def ram_bytes(model: Model, plan: Plan, windows: float) -> float:
     """Peak resident bytes of `write_model` with the plan.
 
     windows  calibration windows of 512 tokens
@@ -45,6 +49,33 @@ def ram_bytes(model: Model, plan: Plan, windows: int) -> float:
     hidden = next(step.tensor.shape[-1] for step in plan.steps if step.tensor.name == "token_embd.weight")
     ends = OUTER["gguf" if plan.recipe.layout == "gguf" else "folder"] * outer
     return CALIBRATED + 4.0 * windows * WINDOW * hidden + max(ends, *map(_block_bytes, blocks.values()))
+
+
+def must_spill(model: Model, plan: Plan, windows: float, ram: int | None) -> bool:
+    """Whether hidden states must go to disk for a job to stay within `ram` bytes (None: no limit).
+
+    windows  calibration windows of 512 tokens
+    Raises RecipeError when even that is not enough, with what is.
+    """
+    if ram is None:
+        return False
+    least = ram_bytes(model, plan, 0)
+    if least > ram:
+        raise RecipeError(
+            f"--ram {ram / 1e6:,.0f} MB cannot be kept: this job takes about {least / 1e6:,.0f} MB at least, "
+            + (
+                "with hidden states on disk. --rounding nearest takes less."
+                if needs_text(plan)
+                else "for its largest tensor."
+            )
+        )
+    return ram_bytes(model, plan, windows) > ram
+
+
+def within(model: Model, plan: Plan, calibration: Calibration, folder: Path) -> Calibration:
+    """The calibration of a run that keeps to its `ram`: with a folder to spill to where it must. Raises RecipeError."""
+    windows = calibration.windows.numel() / WINDOW * (2 if calibration.strength > 0 else 1)
+    return replace(calibration, spill=folder if must_spill(model, plan, windows, calibration.ram) else None)
 
 
 def _block_bytes(shapes: list[tuple[int, ...]]) -> float:

@@ -21,7 +21,9 @@ from whit.models.architecture import GGUFView, gguf_view, passthrough_view
 from whit.models.model import Model
 from whit.models.vocabulary import gguf_vocabulary
 from whit.pipeline.effort import Calibration, TensorLoss
+from whit.pipeline.forecast import within
 from whit.pipeline.imported import imported_tensors
+from whit.pipeline.job import Job
 from whit.pipeline.plain import plain_tensors
 from whit.pipeline.plan import FILE_TYPES, Piece, Plan, Rounded, Step, make_plan
 from whit.pipeline.rounder import Rounder
@@ -95,6 +97,8 @@ def write_gguf(
         else:
             from whit.pipeline.calibrated import CalibratedRun  # it imports transformers, which takes seconds
 
+            calibration = within(model, plan, calibration, path.parent)
+            Job(recipe, calibration).offer()
             streamed = CalibratedRun(model, model_view(model), plan.steps, calibration, progress, state=state)
             writer.write(file, _packed(streamed.tensors(), watch))
             losses = streamed.rounder.losses

@@ -5,7 +5,7 @@ importance matrix.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,15 +14,15 @@ from torch import Tensor
 from whit.calibration.moments import Moments, target_shift
 from whit.grids.grid import Adaptive
 from whit.grids.quantized import QuantizedTensor
-from whit.parallel import spread
 from whit.pipeline.effort import TensorLoss
 from whit.pipeline.plain import check_finite, too_large
 from whit.pipeline.plan import Step
+from whit.ranks import ALONE, Ranks
 from whit.rounding.curvature import Curvature, curvature
 from whit.rounding.methods import Effort, rounded
 
 ROWS = 1024  # rounded at a time, by one core
-CODES, AFTER, BEFORE = "codes", "loss", "plain loss"  # beside the parameters of the grid
+CODES, AFTER, BEFORE, NOTE = "codes", "loss", "plain loss", "note"  # beside the parameters of the grid
 BATCH = 1 << 26  # weights read before they are spread over the cores
 
 
@@ -43,14 +43,16 @@ class Task:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some rows of a matrix, and what arrives there."""
+    """Some rows of a matrix, and what arrives there; what follows from that is filled in where it is computed."""
 
     step: Step
     W: Tensor
-    c: Curvature
-    shift: Tensor | None
+    moments: Moments | None
     factors: Tensor | None
     F: Tensor | None
+    c: Curvature | None = None
+    shift: Tensor | None = None
+    note: str = ""
 
     @property
     def cost(self) -> float:
@@ -65,7 +67,6 @@ class _Matrix:
 
     pieces: list[_Piece]
     moments: Moments | None
-    note: str
 
 
 class Rounder:
@@ -74,10 +75,15 @@ class Rounder:
     losses  one entry per matrix, in the order of rounding
     """
 
-    def __init__(self, effort: Effort, strength: float = 0.0) -> None:
-        """strength  how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all."""
-        self._effort, self._strength = effort, strength
+    def __init__(self, effort: Effort, strength: float = 0.0, ranks: Ranks = ALONE) -> None:
+        """For a run.
+
+        strength  how much of the earlier layers' errors each target makes up for, 0 for none, 1 for all
+        ranks     who shares the work; all of them ask for the same matrices, and get them
+        """
+        self._effort, self._strength, self.ranks = effort, strength, ranks
         self._curved: dict[Moments, Curvature] = {}  # by identity
+        self._plain: dict[int, Curvature] = {}  # by width
         self._shifts: dict[tuple[int, int], tuple[Moments, Tensor | None, Tensor]] = {}  # by identity
         self._scaled: dict[tuple[int, int], tuple[Curvature, Tensor, Curvature]] = {}  # by identity of the first two
         self.losses: list[TensorLoss] = []
@@ -85,6 +91,7 @@ class Rounder:
     def forget(self) -> None:
         """Drop factors of moments that will not come again."""
         self._curved.clear()
+        self._plain.clear()
         self._shifts.clear()
         self._scaled.clear()
 
@@ -105,40 +112,47 @@ class Rounder:
         yield from self._spread(batch)
 
     def _matrix(self, task: Task, W: Tensor, moments: Moments | None, F: Tensor | None) -> _Matrix:
-        shift = None
-        if moments is None or moments.is_empty:
-            c = curvature(torch.zeros(W.shape[1], W.shape[1]))
-            inside = task.step.tensor.name.startswith("blk.")
-            note = "no calibration token came here" if inside else "an embedding: all columns count the same"
-        else:
+        if moments is not None and not moments.is_empty:
             moments.check(task.step.tensor.name)
-            c = self.curvature_of(moments)
-            note = "; ".join(each for each in (moments.note, c.note) if each)
-            if moments.C is not None and self._strength:
-                shift = self._shift(moments, moments.C, task.factors)
-        if task.factors is not None:
-            c = self._rescaled(c, task.factors)
         size = ROWS if task.step.grid.row_independent else W.shape[0]
         weights = [None] * -(-W.shape[0] // size) if F is None else F.split(size)
         pieces = zip(W.split(size), weights, strict=True)
-        return _Matrix([_Piece(task.step, rows, c, shift, task.factors, F) for rows, F in pieces], moments, note)
+        return _Matrix([_Piece(task.step, rows, moments, task.factors, F) for rows, F in pieces], moments)
 
     def _spread(self, batch: list[_Matrix]) -> Iterator[QuantizedTensor]:
-        found = iter(spread(self._one, [piece for each in batch for piece in each.pieces], lambda piece: piece.cost))
+        pieces = [piece for each in batch for piece in each.pieces]
+        found = iter(self.ranks.spread(self._one, pieces, lambda piece: piece.cost, self._ready))
         for matrix in batch:
             parts = [next(found) for _ in matrix.pieces]
+            notes = [part.pop(NOTE) for part in parts]  # the same on all
             together = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             codes, after, before = (together.pop(key) for key in (CODES, AFTER, BEFORE))
             seen, step = matrix.moments, matrix.pieces[0].step
             counts = (seen.n_tokens, seen.n_lost, seen.n_dead) if seen else (0, 0, 0)
             named, losses = (step.tensor.name, step.type, step.rounding), (after.sum().item(), before.sum().item())
-            self.losses.append(TensorLoss(*named, *losses, *counts, matrix.note))
+            self.losses.append(TensorLoss(*named, *losses, *counts, bytes(notes[0].tolist()).decode()))
             shape = sum(piece.W.shape[0] for piece in matrix.pieces), matrix.pieces[0].W.shape[1]
             yield QuantizedTensor(step.grid, shape, codes, together)
 
+    def _ready(self, piece: _Piece) -> _Piece:
+        """With what many pieces share, which is found once."""
+        moments, shift = piece.moments, None
+        if moments is None or moments.is_empty:
+            inside = piece.step.tensor.name.startswith("blk.")
+            note = "no calibration token came here" if inside else "an embedding: all columns count the same"
+            c = self._unknown(piece.W.shape[1])
+        else:
+            c = self.curvature_of(moments)
+            note = "; ".join(each for each in (moments.note, c.note) if each)
+            if moments.C is not None and self._strength:
+                shift = self._shift(moments, moments.C, piece.factors)
+        if piece.factors is not None:
+            c = self._rescaled(c, piece.factors)
+        return replace(piece, c=c, shift=shift, note=note)
+
     def _one(self, piece: _Piece) -> dict[str, Tensor]:
         """Codes and parameters of the rows, the loss of each, and that of plain rounding."""
-        W, c, grid = piece.W, piece.c, cast(Adaptive, piece.step.grid)
+        W, c, grid = piece.W, cast(Curvature, piece.c), cast(Adaptive, piece.step.grid)
         F = None if piece.F is None else piece.F.float()
         if piece.factors is not None:
             W = W * piece.factors
@@ -149,14 +163,21 @@ class Rounder:
             found, plain = rounded(piece.step.rounding, W, grid, c, self._effort, F)
         except OverflowError as error:
             raise too_large(piece.step, error) from None
-        losses = {AFTER: found.loss.double(), BEFORE: plain.loss.double()}
-        return {**found.quantized.params, CODES: found.quantized.codes, **losses}
+        said = {AFTER: found.loss.double(), BEFORE: plain.loss.double()}
+        said |= {NOTE: torch.tensor(list(piece.note.encode()), dtype=torch.uint8)}
+        return {**found.quantized.params, CODES: found.quantized.codes, **said}
 
     def curvature_of(self, moments: Moments) -> Curvature:
         """Factored once for all weights that share a tap."""
         if moments not in self._curved:
             self._curved[moments] = curvature(moments.H, self._effort.damping)
         return self._curved[moments]
+
+    def _unknown(self, cols: int) -> Curvature:
+        """Where nothing is known all columns count the same."""
+        if cols not in self._plain:
+            self._plain[cols] = curvature(torch.zeros(cols, cols))
+        return self._plain[cols]
 
     def _rescaled(self, c: Curvature, factors: Tensor) -> Curvature:
         """As above, for weights that share their factors too."""

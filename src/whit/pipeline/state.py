@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -27,15 +27,17 @@ import torch
 from torch import Tensor
 
 from whit.checkpoints.atomic import synced_folder
-from whit.checkpoints.checked import read_checked, write_checked
+from whit.checkpoints.checked import taken_checked, write_checked
 from whit.errors import BrokenFileError, OutputError
 from whit.grids.quantized import QuantizedTensor
 from whit.models.model import Model
 from whit.pipeline.effort import Calibration, TensorLoss
 from whit.pipeline.plan import Piece, Step
+from whit.pipeline.windows import Windows
 
 RUN, FISHER = "run", "fisher"
 CODES = "codes"
+HIDDEN, ORIGINAL = "hidden", "original"
 
 
 @dataclass
@@ -95,7 +97,7 @@ class State:
         """Keep the Fisher information of all weights. Raises OutputError."""
         write_checked(self.path / FISHER, {}, found)
 
-    def keep(self, block: Block, hidden: Sequence[Tensor], original: Sequence[Tensor]) -> None:
+    def keep(self, block: Block, hidden: Windows, original: Windows) -> None:
         """Block number `n_blocks` is finished.
 
         hidden, original  [1, length, hidden] per window: what the next block is given, by the quantized prefix and by
@@ -103,9 +105,7 @@ class State:
         Raises OutputError when it cannot be written; what was kept before is still there.
         """
         index = self.n_blocks
-        windows = {f"hidden/{n}": each for n, each in enumerate(hidden)}
-        windows |= {f"original/{n}": each for n, each in enumerate(original)}
-        write_checked(self.path / _hidden(index + 1), {"windows": len(hidden)}, windows)
+        write_checked(self.path / _hidden(index + 1), {}, _Named({HIDDEN: hidden, ORIGINAL: original}))
         tensors: dict[str, Tensor] = {}
         shapes: list[tuple[str, list[tuple[int, int] | None]]] = []
         for name, pieces in block.pieces.items():
@@ -135,17 +135,37 @@ class State:
         losses = [TensorLoss(**each) for each in said["losses"]]
         return Block(pieces, losses, said["input_scales"], said["sound"])
 
-    def hidden(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What the first unfinished block is given, as `keep` was told. Raises BrokenFileError."""
-        said, windows = self._read(_hidden(self.n_blocks))
-        hidden = [windows.pop(f"hidden/{n}") for n in range(said["windows"])]
-        return hidden, list(windows.values())
+    def hidden(self, hidden: Windows, original: Windows) -> None:
+        """Append what the first unfinished block is given, as `keep` was told. Raises BrokenFileError."""
+        into = {HIDDEN: hidden, ORIGINAL: original}
+        self._take(_hidden(self.n_blocks), lambda name, window: into[name.partition("/")[0]].append(window))
 
     def _read(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        tensors: dict[str, Tensor] = {}
+        return self._take(name, tensors.__setitem__), tensors
+
+    def _take(self, name: str, take: Callable[[str, Tensor], None]) -> dict[str, Any]:
         try:
-            return read_checked(self.path / name)
+            return taken_checked(self.path / name, take)
         except BrokenFileError as error:
             raise BrokenFileError(f"{error} Delete the folder {self.path} to begin anew.") from error
+
+
+class _Named(Mapping[str, Tensor]):
+    """Windows of several kinds with names, each read when it is asked for."""
+
+    def __init__(self, windows: Mapping[str, Windows]) -> None:
+        self._windows = windows
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{kind}/{n}" for kind, each in self._windows.items() for n in range(len(each)))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._windows.values()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        kind, n = name.split("/")
+        return self._windows[kind][int(n)]
 
 
 @contextmanager

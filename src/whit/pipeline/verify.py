@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whit.checkpoints.second import check_header
+from whit.devices import CPU
 from whit.errors import BadWeightsError, BrokenFileError
 from whit.evaluation.compare import FinalStates, final_states, token_measures
 from whit.evaluation.continuations import Continuations, compared, greedy
@@ -95,9 +96,11 @@ class Original:
     prompts  [prompts, tokens] int64: beginnings of windows, continued greedily
     """
 
-    def __init__(self, model: Model, windows: Tensor, written: int = WRITTEN) -> None:
-        """written  tokens that every prompt is continued by"""
-        self.model, self.windows = model, windows
+    def __init__(self, model: Model, windows: Tensor, written: int = WRITTEN, device: torch.device = CPU) -> None:
+        """written  tokens that every prompt is continued by
+        device   where this and the files' models run as a whole
+        """
+        self.model, self.windows, self._device = model, windows, device
         self.prompts = windows[:PROMPTS, : min(PROMPT, windows.shape[1] // 2)]
         self._written = written
         self._read: tuple[FinalStates, Tensor] | None = None
@@ -111,20 +114,24 @@ class Original:
     def read_by(self, model: Model, progress: Progress) -> tuple[FinalStates, Tensor]:
         """The same of another model. Raises as `final_states` does."""
         said: list[Tensor] = []
-        states = final_states(
-            model, self.windows, progress, lambda module: said.append(greedy(module, self.prompts, self._written))
-        )
-        return states, said[0]
+
+        def write(module: nn.Module) -> None:
+            said.append(greedy(module, self.prompts, self._written))
+
+        return final_states(model, self.windows, progress, write, self._device), said[0]
 
 
-def verify(path: Path, original: Model, windows: Tensor, progress: Progress | None = None) -> Verified:
+def verify(
+    path: Path, original: Model, windows: Tensor, progress: Progress | None = None, device: torch.device = CPU
+) -> Verified:
     """Look at a file or folder in every way there is.
 
     windows  [n, length] int64, of the original's tokenizer
+    device   where both models run as a whole
     Raises ModelError when the original cannot be used or the file is another model, TextError as `compare` does. A file
     that cannot be read or run is no error but a verdict.
     """
-    return looked_at(path, Original(original, windows), progress).verified
+    return looked_at(path, Original(original, windows, device=device), progress).verified
 
 
 def looked_at(path: Path, original: Original, progress: Progress | None = None) -> Looked:
