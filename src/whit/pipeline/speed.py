@@ -60,7 +60,7 @@ SAMPLED = 48  # positions that are predicted
 CHARACTERS = 60_000
 PLAIN_WEIGHTS = 1 << 19
 WRITTEN = 1 << 23  # bytes
-STEPS, CONTEXT, FEW = 8, 128, 4  # tokens that are written; tokens before them, for as many texts
+STEPS, TEXTS = 8, 16  # tokens that are written, side by side at most
 MOMENT_SECONDS = 0.03  # what is over sooner is repeated
 
 
@@ -277,29 +277,22 @@ class Machine:
         return powers(_timed(lambda: measure(states @ head.T, states @ head.T, targets)), n, 1, of_rows=1)
 
     def _steps(self, work: Work) -> Law:
-        """Tokens written by a model of one block and of two; context costs what texts of few tokens show."""
-        most = int(max(each.rows for each in work.alone if each.kind == kinds.STEP))
-        module = cast(Any, load_module(shallow(self._model, 2), torch.bfloat16))
-        text = module.config.get_text_config()
+        """Tokens written by a model of one block and of two, half of the context before them."""
+        most = max(each.rows for each in work.alone if each.kind == kinds.STEP)
+        texts, context = min(int(most), TEXTS), max(1, self._length // 2)
+        prompts = torch.zeros(texts, context, dtype=torch.int64)
 
-        def step(depth: int, texts: int, context: int) -> Cost:
-            text.num_hidden_layers = depth
-            prompt = torch.zeros(texts, context, dtype=torch.int64)
-            start = _once(lambda: written(module, prompt, context + 1))
-            whole = _once(lambda: written(module, prompt, context + 1 + STEPS))
-            return (whole + start * -1) * (1 / STEPS)
+        def step(depth: int) -> Cost:
+            module = load_module(shallow(self._model, depth), torch.bfloat16)
+            written(module, prompts[:1], context + 2)  # what is made on first use
+            start = _once(lambda: written(module, prompts, context + 1))
+            whole = _once(lambda: written(module, prompts, context + 1 + STEPS))
+            return _positive(whole + start * -1) * (1 / STEPS)
 
-        step(1, 1, 1)  # whatever is made on first use
-        one, two = step(1, most, 1), step(2, most, 1)
-        near, far = step(2, FEW, 1), step(2, FEW, CONTEXT)
-        of_context = _positive(far + near * -1) * (0.5 / FEW * (self._length / 2) / CONTEXT)  # of one block and text
+        one, two = step(1), step(2)
         block = _positive(two + one * -1)
         rest = _positive(one + block * -1)
-
-        def law(rows: float, cols: float) -> Cost:
-            return (rest + block * cols) * (rows / most) + of_context * (rows * cols)
-
-        return law
+        return lambda rows, cols: (rest + block * cols) * (rows / texts)
 
 
 def shallow(model: Model, depth: int) -> Model:
