@@ -39,11 +39,11 @@ def main() -> None:
         asked, job = JOBS[name], " ".join(each.replace(str(WIDE), "wide-4") for each in JOBS[name])
         planned = run(*WHIT, "plan", *asked, "--out", out, "--json")
         said = json.loads(planned.output)["recipes"][0]
+        _row(f"`{job}`", "forecast", said["bytes"], said["ram_bytes"], said["seconds"], said["cpu_seconds"])
         done = run(*WHIT, "quantize", *asked, "--out", out, "--force")
         files = [out] if out.is_file() else list(out.glob("*.safetensors"))
         n_bytes = sum(file.stat().st_size for file in files)
         load = os.getloadavg()[0]
-        _row(f"`{job}`", "forecast", said["bytes"], said["ram_bytes"], said["seconds"], said["cpu_seconds"])
         _row("", "measured", n_bytes, done.peak_bytes, done.seconds, done.cpu_seconds, f"{load:.1f}")
         wrong = (
             said["bytes"] - n_bytes,
