@@ -17,6 +17,7 @@ from whit.pipeline.counts import Text
 from whit.pipeline.plan import Plan, Step
 
 PLAIN, CALIBRATED = 280e6, 465e6  # bytes with all imports; the second with transformers and a tokenizer
+VERDICT = 680e6  # the same with logits of two models compared
 BLOCK = 16  # bytes per weight of a block: filled, read, rounded, codes
 MOMENT, FACTOR = 8, 40  # bytes per entry of each input's second moments, and while the widest is factored
 OUTER = {"gguf": 11, "folder": 16}  # bytes per weight of the largest matrix outside; folders join its pieces
@@ -42,7 +43,7 @@ def ram_bytes(model: Model, plan: Plan, text: Text, looked: int | None) -> float
             CALIBRATED + 2 * (plan.n_weights + largest) + kv_cache_bytes(shape, text.length, n) + 12 * n * shape.vocab
         )
     if looked:
-        peaks.append(CALIBRATED + 4.0 * (plan.n_weights + largest))
+        peaks.append(VERDICT + 4.0 * (plan.n_weights + largest))
     return max(peaks)
 
 
