@@ -23,6 +23,7 @@ COMMANDS = (
     ("depth",),
     ("seven_billion",),
     ("survival",),
+    ("plan",),
     ("ablation", "--recipe", "q4_0"),
     ("ablation", SMALL, "--recipe", "q2_k"),
     ("budget", "--runtime", "Q4_K_M", "IQ4_XS"),

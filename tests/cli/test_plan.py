@@ -67,7 +67,7 @@ def test_planned_bytes_are_those_of_what_is_written(
     save_tiny(name, tmp_path / "model", vocab_size=TOY_VOCAB)
     save_toy_tokenizer("llama", tmp_path / "model")
     asked = [str(tmp_path / "model"), "--recipe", recipe, "--rounding", "nearest"]
-    status = run(["plan", *asked, "--json"])
+    status = run(["plan", *asked, "--no-time", "--json"])
     if status == 2:  # a format that cannot hold this model is refused by both
         assert run(["quantize", *asked, "-o", str(tmp_path / "out")]) == 2
         return
@@ -79,7 +79,7 @@ def test_planned_bytes_are_those_of_what_is_written(
 
 
 def test_what_cannot_be_done_is_status_one(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["plan", str(llama), "--recipe", "q4_k_m"]
+    asked = ["plan", str(llama), "--recipe", "q4_k_m", "--no-time"]
     assert run(asked) == 0
     assert "output_norm.weight (norms stay in float)" in capsys.readouterr().out
     assert run([*asked, "--ram", "1MB"]) == 1
@@ -90,3 +90,19 @@ def test_what_cannot_be_done_is_status_one(llama: Path, capsys: pytest.CaptureFi
     assert run(["plan", str(llama), "--fit", "1MB"]) == 0
     assert run(["plan", str(llama)]) == 0
     assert run([*asked, "--predict"]) == 2
+
+
+def test_time_is_forecast_for_a_recipe_unless_it_shall_not(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", str(llama), "--recipe", "q4_0", "--rounding", "nearest"]
+    assert run([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["recipes"][0]
+    assert found["seconds"] == pytest.approx(sum(each["seconds"] for each in found["parts"].values()))
+    assert {"starting", "rounding", "reading", "writing", "verdict"} <= set(found["parts"])
+    assert found["threads"] >= 1
+    assert run([*asked, "--no-time", "--json"]) == 0
+    assert "seconds" not in json.loads(capsys.readouterr().out)["recipes"][0]
+
+
+def test_what_cannot_be_timed_is_said(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(llama), "--recipe", "q4_0", "--rounding", "fisher"]) == 0
+    assert "time: not known: roundings that take gradients" in capsys.readouterr().out

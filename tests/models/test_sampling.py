@@ -36,7 +36,7 @@ def test_tokens_are_drawn_from_the_distribution_of_the_model(name: str, tmp_path
 def test_the_same_seed_gives_the_same_text_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path)
     model = open_model(tmp_path)
-    monkeypatch.setattr(sampling, "BATCH", 4)
+    monkeypatch.setattr(sampling, "TOGETHER", 4)
     steps: list[int] = []
     first = sampled_windows(model, N, LENGTH, seed=3, progress=lambda done, total, what: steps.append(done))
     assert steps == [0, 4, 6]

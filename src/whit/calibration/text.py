@@ -27,6 +27,7 @@ from whit.errors import TextError
 Part = Literal["held-out", "calibration"]
 
 WINDOW = 512  # tokens
+TOGETHER = 64  # windows that a model writes side by side
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are mostly a name said again
 SHORTEST_REPEATED = 60  # characters; shorter paragraphs ("For example:") may occur again
 

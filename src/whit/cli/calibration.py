@@ -7,17 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.calibration.text import WINDOW, Text, documentation_text, read_text
+from whit.calibration.text import TOGETHER, WINDOW, documentation_text, read_text
+from whit.calibration.text import Text as Content
 from whit.calibration.text import windows as cut
 from whit.checkpoints.hub import looks_like_hub_id
 from whit.cli.progress import progress_bar
 from whit.errors import TextError
 from whit.models.model import Model
+from whit.pipeline.counts import Text
 from whit.pipeline.effort import PRESETS, Calibration
 from whit.pipeline.quantize import plan_gguf
 from whit.recipes.named import recipe_named
 
 DOCUMENTATION, SAMPLED, MIXED, HUB = "docs", "sampled", "mixed", "hf:"
+DOCUMENTATION_CHARACTERS = 432_000  # of the half that is calibrated on; versions of Python differ little
 HELD_OUT = 8  # windows to decide on
 CALIB_HELP = (
     "What to calibrate on: a text file, `docs` (documentation that ships with Python), `sampled` (text that the model "
@@ -65,6 +68,19 @@ def calibration_for(model: Model, preset: str, calib: str | None = None, n_windo
     return Calibration(ids, work.strength, work.effort, source)
 
 
+def planned_text(model: Model, preset: str, calib: str | None = None, n_windows: int | None = None) -> Text:
+    """What `calibration_for` would read and sample; a data set on the hub is fetched in a time that nobody knows."""
+    work = PRESETS[preset]
+    calib, windows, length = calib or work.text, n_windows or work.windows, min(WINDOW, longest(model))
+    n = windows if calib == SAMPLED else windows // 2 if calib == MIXED else 0
+    sizes = tuple(min(TOGETHER, n - done) for done in range(0, n, TOGETHER))
+    documents = calib in (DOCUMENTATION, MIXED)
+    characters = DOCUMENTATION_CHARACTERS if documents else 0
+    if not documents and calib != SAMPLED and not calib.startswith(HUB):
+        characters = len(read_text(Path(calib)).content)
+    return Text(windows, length, sizes, characters, documents)
+
+
 def shared_out(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Windows [n, length] to decide on, evenly spread, and the rest to train on.
 
@@ -86,7 +102,7 @@ def longest(model: Model) -> int:
     return int(metadata.get(f"{metadata['general.architecture']}.context_length", WINDOW))
 
 
-def _text(calib: str) -> Text:
+def _text(calib: str) -> Content:
     if calib == DOCUMENTATION:
         return documentation_text("calibration")
     if calib.startswith(HUB):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json as jsonlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,17 +15,20 @@ from rich.console import Console
 from rich.table import Table
 
 from whit.cli.budget import SWEPT, parse_size
-from whit.cli.calibration import CALIB_HELP
+from whit.cli.calibration import CALIB_HELP, planned_text
 from whit.cli.keep import KEEP_HELP, TYPES_HELP, check_types, types_of
 from whit.cli.quantize import exception_lines
 from whit.errors import CheckFailedError, RecipeError
 from whit.memory import RunMemory, run_bytes, shape_from_config
 from whit.models.model import Model
 from whit.models.open import open_headers
+from whit.pipeline.afterwards import affordable
 from whit.pipeline.allocate import Allocator
+from whit.pipeline.counts import Text
+from whit.pipeline.duration import Times
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS
 from whit.pipeline.folder import plan_model
-from whit.pipeline.forecast import needs_text, ram_bytes
+from whit.pipeline.forecast import needs_text, ram_bytes, state_bytes
 from whit.pipeline.plan import Plan
 from whit.pipeline.targets import GGUF, LAYOUTS
 from whit.recipes.folders import folder_recipe
@@ -35,12 +40,16 @@ CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Candidate:
-    """One recipe: its plan, exact bytes of the weight files, peak memory of the job, memory to run the result."""
+    """One recipe: its plan, exact bytes of the weight files, peak memory of the job, memory to run the result.
+
+    state  most bytes that the unfinished job keeps beside the output
+    """
 
     name: str
     plan: Plan
     n_bytes: int
     ram: float
+    state: float
     run: RunMemory
 
 
@@ -62,7 +71,9 @@ def command(
     points: Annotated[
         int | None, typer.Option(min=2, max=100, help="How many sizes to show [10]; means --predict.")
     ] = None,
-    calib: Annotated[str, typer.Option(help=f"With --predict. {CALIB_HELP}")] = PRESETS["fast"].text,
+    calib: Annotated[
+        str | None, typer.Option(help=f"{CALIB_HELP} When not given: as for `whit quantize`; docs with --predict.")
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(help="Keep the sweep in this file, for --table of `whit quantize`; means --predict."),
@@ -74,6 +85,12 @@ def command(
     keep: Annotated[list[str] | None, typer.Option("--keep", help=f"With --predict or --fit. {KEEP_HELP}")] = None,
     format_: Annotated[str, typer.Option("--format", help=f"With --predict or --fit: {', '.join(LAYOUTS)}.")] = GGUF,
     types: Annotated[str | None, typer.Option(help=f"With --predict or --fit. {TYPES_HELP}")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="As for `whit quantize`: less time and memory.")] = (
+        False
+    ),
+    no_time: Annotated[
+        bool, typer.Option("--no-time", help="With --recipe: do not time this machine for some seconds.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Exact figures.")] = False,
 ) -> None:
     """Say what a job would write and need, from headers alone; status 1 when it cannot be done."""
@@ -86,24 +103,39 @@ def command(
             raise RecipeError("--recipe, --fit and --ram are answered without a sweep; leave --predict.")
         from whit.cli.predict import predict as swept
 
-        swept(model, points or 10, calib, windows or SWEPT, save, table, check, keep, format_, types, json)
+        swept(
+            model,
+            points or 10,
+            calib or PRESETS["fast"].text,
+            windows or SWEPT,
+            save,
+            table,
+            check,
+            keep,
+            format_,
+            types,
+            json,
+        )
         return
     if (keep or types or format_ != GGUF) and fit is None:
         raise RecipeError("--keep, --types and --format are for --fit and --predict; add one of them.")
     most = parse_size(ram) if ram else None
     limit = parse_size(fit) if fit else None
-    opened, n_windows = open_headers(model), windows or PRESETS[preset].windows
+    opened = open_headers(model)
+    text = planned_text(opened, preset, calib, windows)
+    looked = None if no_verify else affordable(opened, text.length)[0]
     refused: dict[str, str] = {}
     found: list[Candidate] = []
     for name in recipe or (() if fit else CANDIDATES):
         try:
-            found.append(_candidate(opened, name, rounding, n_windows, context))
+            found.append(_candidate(opened, name, rounding, text, looked, context))
         except RecipeError as error:
             if recipe:
                 raise
             refused[name] = str(error)
     free = shutil.disk_usage(next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())).free
     problems = _problems(found, limit, most, free) if recipe else []
+    times = [] if no_time or not recipe else _times(opened, found, preset, text, looked, out)
     sizes = None
     if fit and not recipe:
         chosen = types_of(types, format_)
@@ -112,18 +144,26 @@ def command(
         sizes = {"least": allocator.least, "most": allocator.most}
         problems += _budget_problems(sizes, limit or 0, free)
     if json:
-        print(jsonlib.dumps(_flat(opened, found, refused, sizes, free, problems), indent=2))
+        print(jsonlib.dumps(_flat(opened, found, refused, sizes, free, problems, times), indent=2))
     else:
-        _print(Console(highlight=False, markup=False), opened, found, refused, sizes, context, free, bool(recipe))
+        _print(
+            Console(highlight=False, markup=False), opened, found, refused, sizes, context, free, bool(recipe), times
+        )
     if problems:
         raise CheckFailedError(" ".join(problems))
 
 
-def _candidate(model: Model, name: str, rounding: str, windows: int, context: int) -> Candidate:
+def _candidate(model: Model, name: str, rounding: str, text: Text, looked: int | None, context: int) -> Candidate:
     recipe = folder_recipe(name, rounding) or recipe_named(name, rounding)
     plan, n_bytes = plan_model(model, recipe)
     run = run_bytes(n_bytes, shape_from_config(model.config), context)
-    return Candidate(name, plan, n_bytes, ram_bytes(model, plan, windows), run)
+    return Candidate(name, plan, n_bytes, ram_bytes(model, plan, text, looked), state_bytes(plan, text.windows), run)
+
+
+def _times(model: Model, found: list[Candidate], preset: str, text: Text, looked: int | None, out: Path) -> list[Times]:
+    from whit.cli.duration import times  # it imports transformers, which takes seconds
+
+    return times(model, [(each.plan, each.n_bytes) for each in found], preset, text, looked, out)
 
 
 def _problems(found: list[Candidate], limit: int | None, most: int | None, free: int) -> list[str]:
@@ -132,7 +172,7 @@ def _problems(found: list[Candidate], limit: int | None, most: int | None, free:
         for what, needed, has in (
             ("--fit", each.n_bytes, limit),
             ("--ram", each.ram, most),
-            ("disk", each.n_bytes, free),
+            ("disk", each.n_bytes + each.state, free),
         ):
             if has is not None and needed > has:
                 said.append(f"{each.name} needs {needed / 1e6:,.1f} MB, but {what} allows {has / 1e6:,.1f} MB.")
@@ -154,6 +194,7 @@ def _flat(
     sizes: dict[str, int] | None,
     free: int,
     problems: list[str],
+    times: Sequence[Times],
 ) -> dict[str, Any]:
     return {
         "model": model.label,
@@ -164,7 +205,8 @@ def _flat(
                 "recipe": each.name,
                 "bytes": each.n_bytes,
                 "ram_bytes": each.ram,
-                "disk_bytes": each.n_bytes,
+                "disk_bytes": each.n_bytes + each.state,
+                "state_bytes": each.state,
                 "run_bytes": each.run.total,
                 "kv_cache_bytes": each.run.kv_cache,
                 "calibrated": needs_text(each.plan),
@@ -172,8 +214,9 @@ def _flat(
                     {"tensor": step.tensor.name, "type": step.type, "reason": step.exception}
                     for step in each.plan.exceptions
                 ],
+                **(time.flat() if time else {}),
             }
-            for each in found
+            for each, time in zip_longest(found, times)
         ],
         "refused": refused,
         "fit": sizes,
@@ -190,6 +233,7 @@ def _print(
     context: int,
     free: int,
     detailed: bool,
+    times: Sequence[Times],
 ) -> None:
     console.print(
         f"{model.label}: {model.n_bytes / 1e6:,.1f} MB as stored, {free / 1e6:,.0f} MB of disk free", soft_wrap=True
@@ -198,20 +242,22 @@ def _print(
         console.print(f"Outputs from {sizes['least']:,} to {sizes['most']:,} bytes are possible.")
     if found:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("recipe", "bytes", "RAM of the job, MB", "to run, MB", "of it KV cache"):
+        for title in ("recipe", "bytes", "job: RAM, MB", "disk, MB", "to run, MB", "of it KV cache"):
             table.add_column(title, justify="left" if title == "recipe" else "right")
         for each in found:
-            sizes_ = (each.ram, each.run.total, each.run.kv_cache)
+            sizes_ = (each.ram, each.n_bytes + each.state, each.run.total, each.run.kv_cache)
             table.add_row(each.name, f"{each.n_bytes:,}", *(f"{size / 1e6:,.0f}" for size in sizes_))
         console.print(table)
         console.print(
             f"To run: {context} tokens of context, f16 cache. RAM is an estimate, bytes are exact.", soft_wrap=True
         )
-    for each in found if detailed else found[:0]:
+    for each, time in zip_longest(found, times) if detailed else ():
         console.print(f"{each.name}:")
-        for line in exception_lines(each.plan):
+        for line in (*(time.lines() if time else ()), *exception_lines(each.plan)):
             console.print(line, soft_wrap=True)
     if found and not detailed:
-        console.print("What stays in float or falls back, and why: name one with --recipe.", soft_wrap=True)
+        console.print(
+            "How long it takes, what stays in float or falls back, and why: name one with --recipe.", soft_wrap=True
+        )
     for name, why in refused.items():
         console.print(f"{name}: not possible. {why}", soft_wrap=True)

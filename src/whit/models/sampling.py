@@ -15,10 +15,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from whit.allocator import return_memory
+from whit.calibration.text import TOGETHER
 from whit.models.model import Model
 from whit.models.skeleton import load_module, quiet
 
-BATCH = 64  # windows sampled side by side
 SHARE = 0.25  # of the tokens of a text that are drawn anew
 Progress = Callable[[int, int, str], None]
 
@@ -34,7 +34,7 @@ def sampled_windows(
     module = load_module(model, torch.bfloat16)
     vocabulary = cast(Any, module).get_input_embeddings().weight.shape[0]
     first = torch.randint(vocabulary, (n_windows, 1), generator=torch.Generator().manual_seed(seed))
-    return _written(module, first, length, seed, progress)
+    return written(module, first, length, seed, progress)
 
 
 def resampled_windows(
@@ -64,16 +64,16 @@ def resampled_windows(
     return torch.cat([torch.stack(copy) for copy in copies])
 
 
-def _written(module: nn.Module, prompts: Tensor, length: int, seed: int, progress: Progress | None) -> Tensor:
+def written(module: nn.Module, prompts: Tensor, length: int, seed: int = 0, progress: Progress | None = None) -> Tensor:
     """[n, length]: prompts [n, tokens] and what follows."""
     tell = progress or (lambda done, total, what: None)
     assert isinstance(module, PreTrainedModel)
     random, parts = torch.Generator().manual_seed(seed), []
     with torch.inference_mode(), quiet():
         _choose_attention(module)
-        for done in range(0, len(prompts), BATCH):
+        for done in range(0, len(prompts), TOGETHER):
             tell(done, len(prompts), "text from the model")
-            ids = prompts[done : done + BATCH]
+            ids = prompts[done : done + TOGETHER]
             n_layers = module.config.get_text_config().num_hidden_layers
             cache = Cache(layers=[_Buffer(length) for _ in range(n_layers)])
             if ids.shape[1] > 1:  # without the head: logits of many tokens of many windows would fill the memory
