@@ -12,6 +12,8 @@ import yaml
 from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.cli.app import run
+from whit.errors import MissingPackageError
+from whit.web.vendor import runtime_files
 
 OPTIONS = ["--preset", "fast", "--calib-windows", "2", "--windows", "1", "--no-speed"]
 
@@ -122,3 +124,20 @@ def test_a_damaged_variant_is_named_and_there_is_no_card(
     assert run(["release", str(llama), "-o", str(tmp_path / "out"), "--variants", "q8_0", *OPTIONS]) == 1
     assert "Toy-1M.Q8_0.gguf" in capsys.readouterr().err
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_a_page_for_browsers_is_added_when_there_is_a_file_for_it(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["release", str(llama), "-o", str(tmp_path / "out"), "--web", *OPTIONS]
+    assert run([*command, "--variants", "gptq-4bit"]) == 2
+    assert "--web wants a GGUF file" in capsys.readouterr().err
+    try:
+        runtime_files()
+    except MissingPackageError as error:
+        assert run([*command, "--variants", "q4_0"]) == 2  # before any work
+        assert "npm" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        pytest.skip(str(error))
+    assert run([*command, "--variants", "q4_0"]) == 0
+    assert (tmp_path / "out" / "web" / "index.html").read_text().count("Toy-1M")

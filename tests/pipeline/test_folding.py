@@ -75,7 +75,7 @@ def test_a_pair_that_changes_the_block_is_not_folded(tmp_path: Path, monkeypatch
 
     written(folder, tmp_path / "before.gguf", rescale=False)
     monkeypatch.setattr("whit.pipeline.folding.column_factors", absurd)
-    monkeypatch.setattr("whit.pipeline.calibrated.block_pairs", wrong)
+    monkeypatch.setattr("whit.pipeline.folding.block_pairs", wrong)
     written(folder, tmp_path / "after.gguf")
     before, after = GGUFFile(tmp_path / "before.gguf"), GGUFFile(tmp_path / "after.gguf")
     assert all(torch.equal(before.read(name), after.read(name)) for name in before.names() if name.startswith("blk."))

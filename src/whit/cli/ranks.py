@@ -79,6 +79,8 @@ def working(n: int, model: str, device: str) -> Iterator[Ranks]:
                 with joined(dist.FileStore(store, n), 0, n) as ranks:
                     yield ranks
                     dismiss(ranks)
+                for helper in helpers:
+                    helper.end()
             except RankError as error:
                 raise _explained(helpers) or error from error
             finally:
@@ -109,6 +111,11 @@ class _Helper:
         assert self.process.stdout is not None
         if not self.process.stdout.readline():
             raise RankError(f"Rank {self.rank} of {self._size} did not start.")
+
+    def end(self) -> None:
+        """It has been dismissed: let it end by itself, or `failure` could not tell that from being left alone."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE)
 
     def failure(self) -> str | None:
         """Why it ended; None while it runs, and when it only ended because others had."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,10 +28,13 @@ from whit.release.origin import origin_of
 from whit.release.pages import Said, write_pages
 from whit.release.push import check_login, push
 from whit.release.record import Record, read_records
-from whit.release.variants import AUTO, LADDER, variants_of
+from whit.release.variants import AUTO, LADDER, Variant, variants_of
 from whit.runtime.installed import check_llama
+from whit.web.page import write_page
+from whit.web.vendor import runtime_files
 
 DEFAULT_WINDOWS = 16
+WEB, GGUF = "web", ".gguf"
 PER_TOKEN = 8  # characters; no usual text has more, on average
 
 
@@ -61,6 +65,10 @@ def command(
     name: Annotated[str | None, typer.Option(help="What files are called, instead of the model's name.")] = None,
     base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original on the hub, for the card.")] = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not run GGUF files for tokens per second.")] = False,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="Add a page, in `web`, that runs the smallest GGUF file in a visitor's browser."),
+    ] = False,
     push_: Annotated[
         str | None, typer.Option("--push", help="OWNER/NAME: then upload the release to the hub, as you are logged in.")
     ] = None,
@@ -83,6 +91,8 @@ def command(
     wanted, left_out = variants_of(opened, variants, origin.name)
     if not no_speed and any(each.is_gguf for each in wanted):
         _check_runtime()
+    if web:
+        _check_web(wanted)
     if push_ is not None:
         check_login(push_)
     measured_on = default_text() if text is None else _named(read_text(text), text)
@@ -111,6 +121,11 @@ def command(
     said = Said(origin, measured_on, len(held_out), length, preset, _options(preset, calib, calib_windows))
     remarks = write_pages(job, opened, out, wanted, records, said)
     job.finish()
+    if web:
+        smallest = min((each for each in records if each.file.endswith(GGUF)), key=lambda each: each.n_bytes)
+        with progress_bar("page") as progress:
+            write_page(out / smallest.file, out / WEB, origin.name, overwrite=True, progress=progress)
+        remarks = [*remarks, f"Try {smallest.file} in a browser: python -m http.server -d {out / WEB}"]
     _print_table(console, records)
     for line in remarks:
         console.print(line, soft_wrap=True)
@@ -119,6 +134,12 @@ def command(
         _print_pick(console, records, budget)
     if push_ is not None:
         console.print(f"Pushed: {push(out, push_)}", soft_wrap=True)
+
+
+def _check_web(variants: Sequence[Variant]) -> None:
+    if not any(each.is_gguf for each in variants):
+        raise RecipeError("--web wants a GGUF file among the variants; there is none.")
+    runtime_files()
 
 
 def _check_runtime() -> None:
