@@ -1,5 +1,12 @@
+"""The command as a whole."""
+
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from tiny import save_tiny
 from whit.cli.app import VERBS, run
 
 
@@ -23,3 +30,13 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_negative_numbers_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["explain", "-3.5"]) == 0
     assert "-3.5" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    command = [sys.executable, "-c", "import sys; from whit.cli.app import main; main(sys.argv[1:])", "inspect"]
+    process = subprocess.Popen([*command, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate()
+    assert (process.returncode, said) == (0, "")

@@ -118,9 +118,11 @@ def run(arguments: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that flushing at exit is quiet
-        return 0
+        return 0  # the reader, `head` for example, has seen enough; rich makes an exit of that
     if status == INTERRUPTED:  # typer turns Ctrl-C into this status by itself
         print("whit: interrupted; nothing half-written was left behind.", file=sys.stderr)
     return status if isinstance(status, int) else 0
