@@ -282,8 +282,8 @@ def test_what_is_asked_for_must_exist() -> None:
         quantize(small(), "qint5")
     with pytest.raises(RecipeError, match="qint8 or qfloat8"):
         quantize(small(), qint8, qint4)
-    with pytest.raises(RecipeError, match="nearest, search, kl, feedback"):
-        quantize(small(), qint8, method="gptq")
+    with pytest.raises(RecipeError, match="nearest, search, kl.*feedback"):
+        quantize(small(), qint8, method="sorting")
     with pytest.raises(RecipeError, match="preset"):
         quantize(small(), qint8, preset="huge")
 
@@ -297,7 +297,7 @@ def test_feedback_needs_something_to_look_at() -> None:
     with pytest.raises(RecipeError, match="empty"):
         quantize(model, qint8, method="feedback", calibration=[])
     assert type(model[1]) is nn.Linear
-    assert set(METHODS) == {"nearest", "search", "kl", "feedback"}
+    assert {"nearest", "search", "kl", "feedback"} <= set(METHODS)
 
 
 def test_a_search_has_less_squared_error_in_every_layer() -> None:

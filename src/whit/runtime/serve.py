@@ -178,6 +178,9 @@ def listening(served: Front, listener: socket.socket, timeout: float) -> Iterato
         server.should_exit = True
         thread.join(GRACE)
         served.end()
+        thread.join(GRACE)
+        for each in list(server.server_state.connections) if thread.is_alive() else ():
+            each.loop.call_soon_threadsafe(each.transport.abort)  # it waits for a reader who has stopped reading
         thread.join()
 
 
