@@ -23,6 +23,7 @@ from whit.recipes.named import recipe_named
 
 HIDDEN, CONTEXT = 64, 8192
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
 LAST = "!"  # the token that ends an answer follows
 
 
@@ -85,3 +86,9 @@ def _model(config: LlamaConfig, successors: Mapping[int, int]) -> LlamaForCausal
         for here, there in successors.items():
             model.lm_head.weight[there] = signs[here]
     return model
+
+
+def posted(body: dict[str, object]) -> bytes:
+    """A request to complete something, as it goes over a socket."""
+    raw = json.dumps(body).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(raw) + raw

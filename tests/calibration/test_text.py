@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from whit.calibration.text import Text, default_text, documentation_text, read_text, windows
+from whit.calibration.text import Text, default_text, documentation_text, first_windows, read_text, windows
 from whit.errors import TextError
 
 
@@ -104,3 +104,15 @@ def test_an_empty_text_is_too_short() -> None:
 def test_no_windows_are_not_a_measurement() -> None:
     with pytest.raises(TextError, match="0 windows"):
         windows(range(600), limit=0)
+
+
+def test_the_first_windows_are_those_of_the_whole_text_and_not_all_of_it_is_encoded() -> None:
+    given: list[int] = []
+
+    def encode(text: str) -> list[int]:
+        given.append(len(text))
+        return list(text.encode())
+
+    text = Text("digits", "", "0123456789" * 1000)
+    assert torch.equal(first_windows(text, encode, 16, 3), windows(list(text.content.encode()), 16, 3))
+    assert given[0] < 1000

@@ -282,7 +282,7 @@ def test_what_is_asked_for_must_exist() -> None:
         quantize(small(), "qint5")
     with pytest.raises(RecipeError, match="qint8 or qfloat8"):
         quantize(small(), qint8, qint4)
-    with pytest.raises(RecipeError, match="nearest, search, kl.*feedback"):
+    with pytest.raises(RecipeError, match="nearest, search, kl, weighted, gptq, feedback, fisher, fisher-feedback"):
         quantize(small(), qint8, method="sorting")
     with pytest.raises(RecipeError, match="preset"):
         quantize(small(), qint8, preset="huge")
@@ -297,7 +297,7 @@ def test_feedback_needs_something_to_look_at() -> None:
     with pytest.raises(RecipeError, match="empty"):
         quantize(model, qint8, method="feedback", calibration=[])
     assert type(model[1]) is nn.Linear
-    assert {"nearest", "search", "kl", "feedback"} <= set(METHODS)
+    assert set(METHODS) == {"nearest", "search", "kl", "weighted", "gptq", "feedback", "fisher", "fisher-feedback"}
 
 
 def test_a_search_has_less_squared_error_in_every_layer() -> None:

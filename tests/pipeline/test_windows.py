@@ -12,7 +12,7 @@ from whit.errors import OutputError, RecipeError
 from whit.models.open import open_model
 from whit.pipeline import calibrated
 from whit.pipeline.effort import Calibration
-from whit.pipeline.forecast import _rounding_bytes, must_spill
+from whit.pipeline.forecast import must_spill, rounding_bytes
 from whit.pipeline.quantize import plan_gguf, write_gguf
 from whit.pipeline.windows import Spilled
 from whit.recipes.named import recipe_named
@@ -55,7 +55,7 @@ def test_a_limit_is_kept_by_spilling_with_the_same_bytes_also_after_a_stop_and_r
     save_toy_tokenizer("llama", tmp_path / "m")
     model, recipe = open_model(tmp_path / "m"), recipe_named("q4_0", "gptq")
     plan, text = plan_gguf(model, recipe), torch.tensor(random_tokens(5 * 16)).view(5, 16)
-    least, n_spilled = int(_rounding_bytes(model, plan, 0)) + 1, []
+    least, n_spilled = int(rounding_bytes(model, plan, 0)) + 1, []
 
     class Counted(Spilled):
         def append(self, window: torch.Tensor, /) -> None:

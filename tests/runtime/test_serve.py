@@ -2,11 +2,7 @@
 
 import asyncio
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,14 +12,12 @@ import openai
 import psutil
 import pytest
 
-from walker import CONTEXT, LAST, Walker
-from whit.cli.app import run
+from walker import CONTEXT, HEAD, LAST, Walker, posted
 from whit.errors import RecipeError
 from whit.runtime.serve import Served, Serving, serve
 
 KINDS = ("file", "folder")
 LONGEST = 4000  # tokens of an answer: seconds of work
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +76,6 @@ def connected(server: Served, *, small: bool = False) -> socket.socket:
     found.settimeout(60)
     found.connect(("127.0.0.1", port))
     return found
-
-
-def posted(body: dict[str, object]) -> bytes:
-    raw = json.dumps(body).encode()
-    return HEAD + b"Content-Length: %d\r\n\r\n" % len(raw) + raw
 
 
 # ---- OpenAI's client -------------------------------------------------------------------------------------------
@@ -350,40 +339,7 @@ def test_a_runtime_that_dies_is_said_and_nothing_hangs(walker: Walker) -> None:
         assert ask(f"{served.address}/metrics")[0] == 200
 
 
-# ---- the command -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "number"), [("file", signal.SIGTERM), ("folder", signal.SIGINT)])
-def test_signals_end_it_with_status_0_and_nothing_is_left(walker: Walker, kind: str, number: int) -> None:
-    command = [sys.executable, "-c", "from whit.cli.app import main; main()", "serve", str(getattr(walker, kind))]
-    options = ["--port", "0", "--threads", "1", "--context", str(CONTEXT), "-n", str(LONGEST), "--anyway"]
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        pytest.skip("these tests run in the background of a shell: processes that they start ignore Ctrl-C")
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        address = process.stderr.readline().split()[2]
-        port = int(address.split(":")[2].split("/")[0])
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert len(children) == (1 if kind == "file" else 0)
-        with socket.create_connection(("127.0.0.1", port), 60) as reader:
-            reader.sendall(posted({"prompt": f"say{walker.words[0]}", "stream": True, "max_tokens": LONGEST}))
-            assert b"200 OK" in reader.recv(4096)
-            os.kill(process.pid, number)
-            assert process.wait(60) == 0
-        assert process.stderr.read() == "whit: the server has ended.\n"
-        assert not any(each.is_running() for each in children)
-
-
-def test_a_port_that_is_taken_is_a_message(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert run(["serve", str(walker.file), "--port", str(port)]) == 2
-    shown = capsys.readouterr().err
-    assert shown == (
-        f"whit: 127.0.0.1:{port} cannot be listened on (Address already in use); choose another --port or --host.\n"
-    )
+# ---- what is refused beforehand ---------------------------------------------------------------------------------
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(

@@ -14,7 +14,7 @@ import ast
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,7 @@ from whit.errors import TextError
 Part = Literal["held-out", "calibration"]
 
 WINDOW = 512  # tokens
+PER_TOKEN = 8  # characters; no usual text has more, on average
 TOGETHER = 64  # windows that a model writes side by side
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are mostly a name said again
 SHORTEST_REPEATED = 60  # characters; shorter paragraphs ("For example:") may occur again
@@ -100,6 +101,15 @@ def windows(ids: Sequence[int] | Tensor, length: int = WINDOW, limit: int | None
         )
     n_windows = n_windows if limit is None else min(n_windows, limit)
     return tokens[: n_windows * length].view(n_windows, length)  # [windows, length]
+
+
+def first_windows(text: Text, encode: Callable[[str], Sequence[int] | Tensor], length: int, n: int) -> Tensor:
+    """At most n windows [n, length] int64 from the start of a text.
+
+    encode  text -> token ids; it is given no more than is needed, because encoding takes longer than reading
+    Raises TextError as `windows` does.
+    """
+    return windows(encode(text.content[: n * length * PER_TOKEN]), length, n)
 
 
 def _digest(name: str) -> bytes:

@@ -11,15 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from whit.calibration.text import WINDOW, Text, default_text, read_text
-from whit.calibration.text import windows as cut
+from whit.calibration.text import Text
 from whit.checkpoints.atomic import check_place
 from whit.cli.budget import parse_size
-from whit.cli.calibration import CALIB_HELP, calibration_for, longest
+from whit.cli.calibration import CALIB_HELP, calibration_for
+from whit.cli.measured import measured_windows
 from whit.cli.progress import progress_bar
 from whit.errors import CheckFailedError, MissingPackageError, RecipeError
 from whit.models.open import open_model
-from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration
 from whit.release.card import size
 from whit.release.choice import choices, pick
@@ -35,7 +34,6 @@ from whit.web.vendor import runtime_files
 
 DEFAULT_WINDOWS = 16
 WEB, GGUF = "web", ".gguf"
-PER_TOKEN = 8  # characters; no usual text has more, on average
 
 
 def command(
@@ -95,9 +93,9 @@ def command(
         _check_web(wanted)
     if push_ is not None:
         check_login(push_)
-    measured_on = default_text() if text is None else _named(read_text(text), text)
-    length = min(WINDOW, longest(opened))
-    held_out = cut(load_tokenizer(opened).encode(measured_on.content[: windows * length * PER_TOKEN]), length, windows)
+    measured_on, held_out = measured_windows(opened, text, windows)
+    if text is not None:
+        measured_on = _named(measured_on, text)
     effort = Calibration(held_out[:0], PRESETS[preset].strength, PRESETS[preset].effort)
 
     def calibrate() -> Calibration:
@@ -118,7 +116,7 @@ def command(
         _print_outcome(console, outcomes[-1])
     _check_all(outcomes)
     records = [each.record for each in outcomes]
-    said = Said(origin, measured_on, len(held_out), length, preset, _options(preset, calib, calib_windows))
+    said = Said(origin, measured_on, len(held_out), held_out.shape[1], preset, _options(preset, calib, calib_windows))
     remarks = write_pages(job, opened, out, wanted, records, said)
     job.finish()
     if web:

@@ -9,17 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from whit.calibration.text import WINDOW, default_text, read_text
-from whit.calibration.text import windows as cut
+from whit.calibration.text import WINDOW
 from whit.checkpoints.atomic import check_target, whole_file
 from whit.checkpoints.imatrix import read_imatrix
-from whit.cli.calibration import longest
+from whit.cli.measured import DEFAULT_WINDOWS, measured_windows
 from whit.cli.progress import progress_bar
-from whit.cli.verify import DEFAULT_WINDOWS, PER_TOKEN
 from whit.errors import OutputError
 from whit.evaluation.frontier import drawing
 from whit.models.open import open_model
-from whit.models.tokenizer import load_tokenizer
 from whit.report.advice import advice
 from whit.report.facts import Report, by_size
 from whit.report.gather import distinct, gathered
@@ -55,9 +52,7 @@ def command(
     _check_targets(out, folder, distinct(files), force)
     original = open_model(against)
     importance = None if imatrix is None else (imatrix.name, read_imatrix(imatrix))
-    source = default_text() if text is None else read_text(text)
-    length = min(WINDOW, longest(original))
-    used = cut(load_tokenizer(original).encode(source.content[: windows * length * PER_TOKEN]), length, windows)
+    source, used = measured_windows(original, text, windows)
     with progress_bar("measuring") as progress:
         found = gathered(files, original, used, source, importance, progress)
     drawn = pictures(found)

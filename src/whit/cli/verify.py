@@ -12,20 +12,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from whit.calibration.text import WINDOW, Text, default_text, read_text
-from whit.calibration.text import windows as cut
-from whit.cli.calibration import longest
+from whit.calibration.text import WINDOW, Text
+from whit.cli.measured import DEFAULT_WINDOWS, measured_windows
 from whit.cli.progress import progress_bar
 from whit.cli.ranks import DEVICE_HELP
 from whit.devices import device_named
 from whit.errors import ModelError
 from whit.models.open import open_model
-from whit.models.tokenizer import load_tokenizer
 from whit.pipeline.verify import Culprit, Verified, verify
 
-DEFAULT_WINDOWS = 6
 N_FAULTS = 8  # printed
-PER_TOKEN = 8  # characters; no usual text has more, on average
 
 
 def command(
@@ -47,14 +43,11 @@ def command(
     if not file.exists():
         raise ModelError(f"{file}: no such file or folder. Give what `whit quantize` has written.")
     place, original = device_named(device), open_model(against)
-    source = default_text() if text is None else read_text(text)
-    length = min(WINDOW, longest(original))
-    some = source.content[: windows * length * PER_TOKEN]  # encoding all of it takes longer than reading it
-    used = cut(load_tokenizer(original).encode(some), length, windows)
+    source, used = measured_windows(original, text, windows)
     with progress_bar("verifying") as progress:
         found = verify(file, original, used, progress, place)
     if json:
-        print(jsonlib.dumps(_flat(file, against, source, len(used), length, found), indent=1, allow_nan=False))
+        print(jsonlib.dumps(_flat(file, against, source, len(used), used.shape[1], found), indent=1, allow_nan=False))
     else:
         _print(Console(highlight=False, markup=False), file, against, found)
     if not found.verdict.passed:

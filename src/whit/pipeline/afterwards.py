@@ -15,8 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from whit.calibration.text import default_text
-from whit.calibration.text import windows as cut
+from whit.calibration.text import default_text, first_windows
 from whit.checkpoints.second import SecondGGUF
 from whit.errors import WhitError
 from whit.evaluation.divergence import Comparison
@@ -31,7 +30,6 @@ MOST_WINDOWS = 2
 MOST_WORK = 4e12  # multiplications and additions for both models: about a minute on two cores
 ROOM = 1.5  # times a model's float32 weights, for what else is in memory
 ALIKE = 1e-4  # of a row's size
-PER_TOKEN = 8  # characters; no usual text has more, on average
 
 
 class Intended:
@@ -101,8 +99,8 @@ def look(path: Path, original: Model, length: int, intended: Intended, progress:
         from whit.models.tokenizer import load_tokenizer
 
         try:
-            text = default_text().content[: n_windows * length * PER_TOKEN]
-            result = compare(read, original, cut(load_tokenizer(original).encode(text), length, n_windows), progress)
+            windows = first_windows(default_text(), load_tokenizer(original).encode, length, n_windows)
+            result = compare(read, original, windows, progress)
         except WhitError as error:
             reason = str(error)
     found = verdict(result, faults) if faults or result is not None else None

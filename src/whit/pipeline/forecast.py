@@ -40,7 +40,7 @@ def ram_bytes(model: Model, plan: Plan, text: Text, looked: int | None) -> float
     looked  windows that the verdict reads, None for no verdict
     """
     largest = max(step.tensor.n_weights for step in plan.steps)
-    peaks = [_rounding_bytes(model, plan, text.windows)]
+    peaks = [rounding_bytes(model, plan, text.windows)]
     if needs_text(plan) and text.sampled:  # the whole model writes, keys and values of all texts beside it
         shape, n = shape_from_config(model.config), max(text.sampled)
         peaks.append(
@@ -51,7 +51,8 @@ def ram_bytes(model: Model, plan: Plan, text: Text, looked: int | None) -> float
     return max(peaks)
 
 
-def _rounding_bytes(model: Model, plan: Plan, windows: float) -> float:
+def rounding_bytes(model: Model, plan: Plan, windows: float) -> float:
+    """Peak resident bytes of rounding alone. windows: of 512 tokens, whose hidden states are in memory."""
     if not needs_text(plan):
         decoded = bool(model.gguf_metadata or model.quantization)
         largest = max(math.prod(part.shape) for step in plan.steps for part in step.tensor.parts)
@@ -77,7 +78,7 @@ def must_spill(model: Model, plan: Plan, windows: float, ram: int | None) -> boo
     """
     if ram is None:
         return False
-    least = _rounding_bytes(model, plan, 0)
+    least = rounding_bytes(model, plan, 0)
     if least > ram:
         raise RecipeError(
             f"--ram {ram / 1e6:,.0f} MB cannot be kept: this job takes about {least / 1e6:,.0f} MB at least, "
@@ -87,7 +88,7 @@ def must_spill(model: Model, plan: Plan, windows: float, ram: int | None) -> boo
                 else "for its largest tensor."
             )
         )
-    return _rounding_bytes(model, plan, windows) > ram
+    return rounding_bytes(model, plan, windows) > ram
 
 
 def within(model: Model, plan: Plan, calibration: Calibration, folder: Path) -> Calibration:
