@@ -254,7 +254,7 @@ class Scaled:
 
 def _range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest of each group; two reductions are six times faster than `aminmax` over short groups."""
-    return x.amin(-1), x.amax(-1)
+    return x.amin(-1).add_(0.0), x.amax(-1).add_(0.0)  # no negative zeros: which of two zeros is found is chance
 
 
 def _exponent(value: Tensor) -> Tensor:

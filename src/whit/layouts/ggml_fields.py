@@ -8,11 +8,14 @@ Source: the GGML block formats as listed in docs/formats.md; checked bit for bit
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from whit.native import LIBRARY
 
 Block = Mapping[str, Tensor]
 
@@ -44,12 +47,29 @@ def _codes(n_bytes: int, pack: Callable[[Tensor], Tensor], unpack: Callable[[Ten
     return Field(n_bytes, lambda block: pack(block["codes"]), lambda raw: {"codes": unpack(raw)})
 
 
+def _joined(codes: Tensor, shift: int) -> Tensor:
+    """Bits `shift` and up of k codes in one byte: [n, k, m] to [n, m], 8 / k bits each, those of the first lowest."""
+    n, k, m = codes.shape
+    function = getattr(LIBRARY, "whit_join_codes", None)
+    if function is not None and codes.is_contiguous() and codes.device.type == "cpu":
+        out = torch.empty(n, m, dtype=torch.uint8)
+        sizes = [ctypes.c_int64(size) for size in (n, k, m)]
+        pointers = [ctypes.c_void_p(each.data_ptr()) for each in (codes, out)]
+        function(pointers[0], *sizes, shift, pointers[1], torch.get_num_threads())
+        return out
+    width = 8 // k
+    mask = (1 << width) - 1
+    found = (codes[:, 0] >> shift) & mask
+    for i in range(1, k):  # by `or`: a sum of bytes takes five times as long
+        found |= ((codes[:, i] >> shift) & mask) << (i * width)
+    return found
+
+
 def nibbles(size: int, chunk: int) -> Field:
     """Four bits per weight: in every chunk of weights, byte j holds element j (low) and j + chunk / 2 (high)."""
 
     def pack(codes: Tensor) -> Tensor:
-        low = (codes & 15).view(-1, size // chunk, 2, chunk // 2)
-        return (low[:, :, 0] | (low[:, :, 1] << 4)).flatten(1)
+        return _joined(codes.view(-1, 2, chunk // 2), 0).view(-1, size // 2)
 
     def unpack(raw: Tensor) -> Tensor:
         halves = raw.reshape(-1, size // chunk, 1, chunk // 2)
@@ -63,8 +83,7 @@ def pairs(size: int, chunk: int, shift: int) -> Field:
     places = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]  # [4, 1]
 
     def pack(codes: Tensor) -> Tensor:
-        two = ((codes >> shift) & 3).view(-1, size // chunk, 4, chunk // 4)
-        return (two << places).sum(2, dtype=torch.uint8).flatten(1)
+        return _joined(codes.view(-1, 4, chunk // 4), shift).view(-1, size // 4)
 
     def unpack(raw: Tensor) -> Tensor:
         bytes_ = raw.reshape(-1, size // chunk, 1, chunk // 4)
@@ -78,8 +97,7 @@ def single_bits(size: int, shift: int) -> Field:
     places = torch.arange(8, dtype=torch.uint8)[:, None]
 
     def pack(codes: Tensor) -> Tensor:
-        bits = ((codes >> shift) & 1).view(-1, 8, size // 8)
-        return (bits << places).sum(1, dtype=torch.uint8)
+        return _joined(codes.view(-1, 8, size // 8), shift)
 
     def unpack(raw: Tensor) -> Tensor:
         return (((raw[:, None] >> places) & 1) << shift).view(-1, size)
@@ -88,8 +106,7 @@ def single_bits(size: int, shift: int) -> Field:
 
 
 def _pack_fifth_bits(codes: Tensor) -> Tensor:
-    bits = (codes >> 4).view(-1, 4, 8)  # bit j of byte k belongs to element 8 k + j
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return _joined(codes.view(-1, 8, 1), 4).view(-1, 4)  # bit j of byte k belongs to element 8 k + j
 
 
 def _unpack_fifth_bits(raw: Tensor) -> Tensor:
@@ -167,8 +184,7 @@ IQ4_SUBS = Field(6, _pack_iq4, _unpack_iq4)
 
 
 def _pack_q5_bits(codes: Tensor) -> Tensor:
-    bits = (codes >> 4).view(-1, 8, 32)  # bit j of byte l belongs to element 32 j + l
-    return (bits << torch.arange(8, dtype=torch.uint8)[:, None]).sum(1, dtype=torch.uint8)
+    return _joined(codes.view(-1, 8, 32), 4)  # bit j of byte l belongs to element 32 j + l
 
 
 def _unpack_q5_bits(raw: Tensor) -> Tensor:
@@ -179,8 +195,7 @@ Q5_BITS = _codes(32, _pack_q5_bits, _unpack_q5_bits)
 
 
 def _pack_q6_low(codes: Tensor) -> Tensor:
-    four = (codes & 15).view(-1, 2, 4, 32)  # per half of 128: elements l, l + 32, l + 64, l + 96
-    return torch.cat((four[:, :, 0] | (four[:, :, 2] << 4), four[:, :, 1] | (four[:, :, 3] << 4)), dim=2).flatten(1)
+    return _joined(codes.view(-1, 2, 64), 0).view(-1, 128)  # per half of 128: elements l and l + 64, l below 64
 
 
 def _unpack_q6_low(raw: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from whit.rounding.named import rounding_named
 from whit.rounding.nearest import slices
 
 Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
+PIECE = 1 << 22  # weights that are rounded and packed at a time
 AHEAD = 1 << 24  # weights at most in what is read while something else is rounded
 
 
@@ -46,13 +47,13 @@ def plain_pieces(step: Step, values: Iterator[Tensor] | None = None) -> Iterator
     for _ in step.tensor.parts:
         W = next(values)
         if step.grid.row_independent:
-            several = slices(W.reshape(-1, W.shape[-1]))  # of [rows, cols]
+            several = slices(W.reshape(-1, W.shape[-1]), PIECE)  # of [rows, cols]
         else:
             several = W.unbind(0) if W.dim() == 3 else [W]
         for rows in several:
             check_finite(step.tensor, rows, W)
             try:
-                yield rounding(rows.float(), step.grid)
+                yield rounding(rows, step.grid)
             except OverflowError as error:
                 raise too_large(step, error) from None
 

@@ -29,7 +29,7 @@ SMOOTH = 1e-4  # weight of an even distribution in Q, so that no logarithm is of
 def kl(W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
     """Nearest level under ranges that are cut to the least divergence of the weights' distribution.
 
-    W  [rows, cols] float32; `importance` plays no part
+    W  [rows, cols] float32, bfloat16 or float16; `importance` plays no part
     Raises ValueError for grids without one level of scales.
     """
     if isinstance(grid, Float):

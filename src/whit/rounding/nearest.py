@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from whit.grids.grid import Grid
+from whit.grids.onepass import nearest_codes
 from whit.grids.quantized import QuantizedTensor
 
 # Weights worked on at a time. Temporaries stay inside a core's cache, and torch uses one thread: from 32768 values
@@ -26,7 +27,11 @@ SLICE = 32767
 
 
 class Rounding(Protocol):
-    """Weights [rows, cols] float32 and optional importance per input channel [cols] or weight to codes on a grid."""
+    """Weights [rows, cols] and optional importance per input channel [cols] or weight to codes on a grid.
+
+    W           float32, bfloat16 or float16
+    importance  non-negative, as float32
+    """
 
     def __call__(self, W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
         """Raises ValueError when cols does not fit the grid's spans, OverflowError when a scale does not fit."""
@@ -36,15 +41,18 @@ class Rounding(Protocol):
 def nearest(W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
     """Nearest level under the range rule of the grid; `importance` plays no part.
 
-    W  [rows, cols] float32
+    W  [rows, cols] float32, bfloat16 or float16
     """
+    found = nearest_codes(W, grid)
+    if found is not None:
+        return QuantizedTensor(grid, _shape(W), *found)
     return by_rows(W, grid, lambda part: _plain(part, grid))
 
 
 def search(W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
     """Nearest level under searched parameters; never worse than `nearest` in weighted squared error of any group.
 
-    W           [rows, cols] float32
+    W           [rows, cols] float32, bfloat16 or float16
     importance  [cols] or [rows, cols] float32, non-negative; all the same when None
     """
     if importance is None or importance.dim() == 1 or not grid.row_independent:
@@ -65,17 +73,17 @@ def _searched(W: Tensor, grid: Grid, weights: Tensor | None) -> QuantizedTensor:
 
 
 def by_rows(W: Tensor, grid: Grid, rounded: Callable[[Tensor], QuantizedTensor]) -> QuantizedTensor:
-    """W [rows, cols] rounded in slices where rows share nothing, else as a whole."""
+    """W [rows, cols] rounded as float32 in slices where rows share nothing, else as a whole."""
     if not grid.row_independent or W.numel() <= SLICE:
-        return rounded(W)
-    parts = [rounded(part) for part in slices(W)]
+        return rounded(W.float())
+    parts = [rounded(part.float()) for part in slices(W)]
     params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
     return QuantizedTensor(grid, _shape(W), torch.cat([part.codes for part in parts]), params)
 
 
-def slices(W: Tensor) -> Sequence[Tensor]:
-    """A matrix [rows, cols] in slices of whole rows that one core works on best."""
-    return W.split(max(1, SLICE // max(1, W.shape[1])))
+def slices(W: Tensor, n: int = SLICE) -> Sequence[Tensor]:
+    """A matrix [rows, cols] in slices of whole rows, of about `n` weights: as a rule what one core works on best."""
+    return W.split(max(1, n // max(1, W.shape[1])))
 
 
 def _shape(W: Tensor) -> tuple[int, int]:
