@@ -19,11 +19,20 @@ from whit.pipeline.allocate import Allocator
 FAST = ["--preset", "fast", "--windows", "3"]
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    save_tiny("llama", tmp_path / "model", vocab_size=TOY_VOCAB)
-    save_toy_tokenizer("llama", tmp_path / "model")
-    return tmp_path / "model"
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "model"
+    save_tiny("llama", path, vocab_size=TOY_VOCAB)
+    save_toy_tokenizer("llama", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def swept(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What an own sweep would find, once for all: it is most of the work of a budget."""
+    table = tmp_path_factory.mktemp("table") / "table.json"
+    assert run(["plan", str(llama), "--windows", "3", "--save", str(table)]) == 0
+    return [*FAST, "--table", str(table)]
 
 
 @pytest.mark.parametrize(
@@ -62,12 +71,12 @@ def test_a_file_that_fits_and_its_recipe_again(llama: Path, tmp_path: Path, caps
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_bits_per_weight_are_those_of_the_whole_file(llama: Path, tmp_path: Path) -> None:
+def test_bits_per_weight_are_those_of_the_whole_file(llama: Path, swept: list[str], tmp_path: Path) -> None:
     out = tmp_path / "a.gguf"
     model = open_model(llama)
     allocator = Allocator(model)
     bits = 8 * allocator.least / allocator.n_weights + 1
-    assert run(["quantize", str(llama), *FAST, "--bpw", f"{bits:.3f}", "-o", str(out)]) == 0
+    assert run(["quantize", str(llama), *swept, "--bpw", f"{bits:.3f}", "-o", str(out)]) == 0
     assert 8 * out.stat().st_size / allocator.n_weights <= bits
 
 
@@ -102,12 +111,12 @@ def test_a_sweep_is_kept_and_belongs_to_its_model(llama: Path, tmp_path: Path) -
 
 
 def test_a_promise_is_kept_on_text_that_was_not_read(
-    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama: Path, swept: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = []
     for i, most in enumerate(("0.2", "0.01")):
         out = tmp_path / f"{i}.gguf"
-        assert run(["quantize", str(llama), *FAST, "--max-kl", most, "-o", str(out)]) == 0
+        assert run(["quantize", str(llama), *swept, "--max-kl", most, "-o", str(out)]) == 0
         shown = capsys.readouterr().out
         tried = [line.split() for line in shown.splitlines() if "of their own" in line]
         assert any(
@@ -115,18 +124,18 @@ def test_a_promise_is_kept_on_text_that_was_not_read(
         )
         sizes.append(out.stat().st_size)
     assert sizes[0] < sizes[1]
-    assert run(["quantize", str(llama), *FAST, "--max-kl", "1e-12", "-o", str(tmp_path / "no.gguf")]) == 2
+    assert run(["quantize", str(llama), *swept, "--max-kl", "1e-12", "-o", str(tmp_path / "no.gguf")]) == 2
     assert not (tmp_path / "no.gguf").exists()
 
 
 def test_repair_keeps_what_is_measured_to_be_better(
-    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama: Path, swept: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.gguf"
     budget = Allocator(open_model(llama)).least + 20_000
-    assert run(["quantize", str(llama), *FAST, "--fit", str(budget), "--repair", "3", "-o", str(out)]) == 0
+    assert run(["quantize", str(llama), *swept, "--fit", str(budget), "--repair", "3", "-o", str(out)]) == 0
     tried = [line for line in capsys.readouterr().out.splitlines() if "of their own" in line]
     assert len(tried) == 4
     assert "as predicted" in tried[0]
     assert out.stat().st_size <= budget
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "model"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
