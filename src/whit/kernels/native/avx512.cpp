@@ -310,13 +310,15 @@ void unpack(const Matrix& w, int64_t tile, uint8_t* codes) {
 }
 
 void decode_row(const Matrix& w, const uint8_t* codes, int64_t row, void* out, int type) {
-  alignas(64) float levels[256];
+  alignas(64) float levels[256] = {};
   for (int64_t from = 0; from < w.cols; from += w.group) {
     const uint16_t* book = book_of(w, row, from);
     for (int i = 0; i < 1 << w.bits; i++) levels[i] = from_f16(book[i]);
+    const __m512 table = _mm512_load_ps(levels);
     const int64_t end = from + w.group < w.cols ? from + w.group : w.cols;
     for (int64_t col = from; col < end; col += 16) {
-      const __m512 value = _mm512_i32gather_ps(bytes16(codes + col), levels, 4);
+      const __m512i code = bytes16(codes + col);
+      const __m512 value = w.bits <= 4 ? _mm512_permutexvar_ps(code, table) : _mm512_i32gather_ps(code, levels, 4);
       store16(out, col, value, type, end - col >= 16 ? __mmask16(0xffff) : __mmask16((1u << (end - col)) - 1));
     }
   }
