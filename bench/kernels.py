@@ -1,9 +1,10 @@
-"""Speed of the kernels beside llama.cpp's, ONNX Runtime's and torch's: `python -m bench.kernels`.
+"""Speed of the kernels beside llama.cpp's, ONNX Runtime's and torch's: `python -m bench.kernels [--tables]`.
 
 Every round runs all of them, one after the other, so that whatever else the machine does falls on all. Each process
 multiplies with matrices that come from memory (600 MB of copies in turn), or with `--warm` always with the same one.
 A time is the best pass of ggml and ONNX Runtime (whole graphs of many products), and of the others the median of
-single calls, the smallest over the rounds. Peers are installed and built on first use.
+single calls, the smallest over the rounds. Peers are installed and built on first use. `--tables` compares tables of
+rows, groups and matrices, of 2 to 8 bits and with outliers, with each other and with decoding first; no peer has them.
 """
 
 from __future__ import annotations
@@ -118,6 +119,19 @@ def measure(threads: int, rows: int, cols: int, m: int, n_bytes: float, rounds: 
     return best
 
 
+def tables(threads: int, rows: int, cols: int, m: int, n_bytes: float) -> None:
+    """Medians of one process, beside decoding first and beside the table per row of 4 bits."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for name, seconds in lines_of(sys.executable, SCRIPTS / "kernels_tables.py", threads, rows, cols, m, n_bytes):
+        found[name].append(float(seconds))
+    times = {name: statistics.median(seconds) for name, seconds in found.items()}
+    print(f"{rows} x {cols}, m = {m}, {threads} threads" + ("" if n_bytes else ", warm"))
+    for name, seconds in times.items():
+        ratios = [f"{times['kmeans4'] / seconds:5.2f} x kmeans4"]
+        ratios += [f"{times[k] / seconds:6.1f} x {k}" for k in (f"decode-{name}", f"plain-{name}") if k in times]
+        print(f"  {name:24s} {seconds * 1e6:10.0f} us  {'  '.join(ratios)}", flush=True)
+
+
 def report(best: dict[str, float], bandwidth: float | None, shape: tuple[int, int]) -> None:
     """Times, then ratios, then the share of the memory's speed."""
     for name in sorted(best, key=lambda name: best[name]):
@@ -143,7 +157,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--m", type=int, nargs="+", default=[1, 4, 512], help="rows of x")
     parser.add_argument("--warm", action="store_true", help="one matrix again and again")
+    parser.add_argument("--tables", action="store_true", help="products with tables of levels alone")
     args = parser.parse_args()
+    if args.tables:
+        for threads in args.threads:
+            for m in args.m:
+                tables(threads, *SHAPES[0], m, 0.0 if args.warm or m >= MANY else COLD_BYTES)
+        return
     everything = {}
     for threads in args.threads:
         read = max(float(words[1]) for _ in range(args.rounds) for words in lines_of(read_program(), threads))

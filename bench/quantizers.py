@@ -1,6 +1,7 @@
-"""Uniform, k-means and KL quantizers compared: `python -m bench.quantizers [MODEL] [--bits 3 4] [--share -g64]`.
+"""Uniform, k-means and KL quantizers compared: `python -m bench.quantizers [MODEL] [--bits 3 4] [--share=-g64]`.
 
-The same calibration and report text for all, which do not overlap; one table per number of bits, one line per method,
+The same calibration and report text for all, which do not overlap; one table per number of bits, one line per method
+(`--only METHOD` for one at a time: it depends on no other, and gathers Fisher information anew where it needs that),
 with the bytes of the quantized matrices (embeddings, head and norms stay as they are) and its seconds. `--layers 3 12`
 prints instead, in a minute, the losses of the layers of some blocks, and `--speed` how many rows a minute exact k-means
 takes.
@@ -46,6 +47,8 @@ METHODS = {
     "kmeans by Fisher (SqueezeLLM, dense)": ("kmeans{}", "fisher"),
     "kmeans, Fisher, feedback, refit": ("kmeans{}", "fisher-feedback"),
     "kmeans, feedback, refit": ("kmeans{}", "feedback"),
+    "kmeans and 0.5 % outliers by Fisher (SqueezeLLM, dense and sparse)": ("kmeans{}+0.5%", "fisher"),
+    "kmeans and 0.5 % outliers, Fisher, feedback, refit": ("kmeans{}+0.5%", "fisher-feedback"),
     "uniform, nearest": ("int{}-asym", "nearest"),
     "kmeans, weights 1": ("kmeans{}", "nearest"),
     "kmeans, second moments": ("kmeans{}", "weighted"),
@@ -63,7 +66,9 @@ def main() -> None:
     parser.add_argument("--read", type=int, default=16, help="calibration windows")
     parser.add_argument("--reported", type=int, default=16, help="windows of held-out text")
     parser.add_argument("--preset", default="fast", help="how much work feedback does")
-    parser.add_argument("--only", nargs="*", default=list(METHODS), help="methods by name")
+    parser.add_argument(
+        "--only", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD", help="methods by name"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, nargs="*", help="blocks whose layers' losses are compared, and no KL")
     parser.add_argument("--speed", action="store_true")
@@ -90,6 +95,8 @@ def main() -> None:
             print(f"\n| {bits} bits{arguments.share} | KL | perplexity | MB | s |\n|---|---|---|---|---|", flush=True)
             for label in arguments.only:
                 grid, rounding = METHODS[label]
+                if "+" in grid and arguments.share == "-tensor":
+                    continue  # outliers belong to rows
                 recipe = folder_recipe(f"whit-{_shared(grid.format(bits), arguments.share)}", rounding)
                 assert recipe is not None
                 out = WORK / "quantizers"
@@ -158,8 +165,9 @@ def speed() -> None:
 
 
 def _shared(grid: str, share: str) -> str:
-    """The grid with another share of weights per table or scale; `-asym` comes last."""
-    return f"{grid.removesuffix('-asym')}{share}{'-asym' if grid.endswith('-asym') else ''}"
+    """The grid with another share of weights per table or scale; `-asym` or outliers come last."""
+    levels, plus, outliers = grid.partition("+")
+    return f"{levels.removesuffix('-asym')}{share}{'-asym' if levels.endswith('-asym') else ''}{plus}{outliers}"
 
 
 def _once(gathered: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:

@@ -28,6 +28,9 @@ def random_packed(name: str, shape: tuple[int, int]) -> Packed:
     for key, spec in buffer_specs(grid, shape).items():
         if key == "codes":
             buffers[key] = torch.randint(0, 256, spec.shape, dtype=torch.uint8)
+        elif key == "columns":  # evenly spread
+            places = torch.arange(spec.shape[1]) * (shape[1] // spec.shape[1])
+            buffers[key] = places.to(spec.dtype).repeat(spec.shape[0], 1)
         else:
             buffers[key] = table_of(grid) if key == "table" else torch.rand(spec.shape).to(spec.dtype)
     return Packed(grid, shape, buffers)

@@ -88,6 +88,19 @@ def test_check_names_the_buffer_that_does_not_fit() -> None:
         Packed(packed.grid, packed.shape, {"codes": packed.buffers["codes"]}).check()
 
 
+def test_check_names_outliers_that_no_kernel_may_be_given() -> None:
+    packed = pack(quantized("kmeans2+5%", 4, 64))
+    for column, message in (
+        (64, "at columns"),
+        (-1, "at columns"),
+        (int(packed.buffers["columns"][1, 1]), "ascending"),
+    ):
+        columns = packed.buffers["columns"].clone()
+        columns[1, 0] = column
+        with pytest.raises(ValueError, match=message):
+            Packed(packed.grid, packed.shape, {**packed.buffers, "columns": columns}).check()
+
+
 def test_four_bits_lie_as_documented() -> None:
     codes = torch.zeros(16, 16, dtype=torch.uint8)
     codes[2, 1], codes[2, 5], codes[15, 8] = 9, 12, 7

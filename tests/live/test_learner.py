@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from whit.grids.grid import Grid
 from whit.grids.named import GRIDS, grid_named
+from whit.grids.quantized import QuantizedTensor
 from whit.live.learner import INSIDE, Learner, step_of
 from whit.rounding.nearest import nearest
 
 NAMES = ("int4-g32", "int4-g32-asym", "int3-g64", "int2-g32-asym", "int8:f32", "nf4-g64", "fp8", "mxfp4", "nvfp4")
+OUTLIERS = ("kmeans3+2%", "kmeans2-g32+1%")
 GGML = ("q4_0", "q4_1", "q5_0", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "iq3_s", "iq2_xs")
 
 
@@ -25,7 +27,7 @@ def start_of(name: str, seed: int = 0):  # type: ignore[no-untyped-def]
     return W, nearest(W, grid_of(name))
 
 
-@pytest.mark.parametrize("name", [*NAMES, *GGML])
+@pytest.mark.parametrize("name", [*NAMES, *GGML, *OUTLIERS])
 @pytest.mark.parametrize("kind", ["full", "scales", "lora"])
 def test_nothing_changes_at_first(name: str, kind: str) -> None:
     W, start = start_of(name)
@@ -34,7 +36,7 @@ def test_nothing_changes_at_first(name: str, kind: str) -> None:
         assert torch.equal(learner.quantized().dequantize(), start.dequantize())
 
 
-@pytest.mark.parametrize("name", [*NAMES, *GGML])
+@pytest.mark.parametrize("name", [*NAMES, *GGML, *OUTLIERS])
 def test_offsets_of_a_few_steps_move_codes_and_the_matrix_is_what_a_file_holds(name: str) -> None:
     W, start = start_of(name)
     learner = Learner(start, True, True)
@@ -48,8 +50,8 @@ def test_offsets_of_a_few_steps_move_codes_and_the_matrix_is_what_a_file_holds(n
     assert torch.equal(learner(), found.dequantize())
 
 
-@pytest.mark.parametrize("name", [name for name in (*NAMES, *GGML) if hasattr(grid_of(name), "bases")])
-def test_gradients_of_scales_are_those_of_finite_differences(name: str) -> None:
+@pytest.mark.parametrize("name", [*(name for name in (*NAMES, *GGML) if hasattr(grid_of(name), "bases")), *OUTLIERS])
+def test_gradients_of_scales_and_outliers_are_those_of_finite_differences(name: str) -> None:
     _, start = start_of(name)
     learner = Learner(start, True, True)
     G = torch.randn(start.shape, generator=torch.Generator().manual_seed(2))
@@ -69,6 +71,36 @@ def test_gradients_of_scales_are_those_of_finite_differences(name: str) -> None:
     assert checked or not learner.changes
 
 
+@pytest.mark.parametrize("name", OUTLIERS)
+def test_outliers_learn_and_levels_and_columns_stay(name: str) -> None:
+    W, start = start_of(name)
+    learner = Learner(start, False, True)
+    target = start.dequantize() + 0.1 * W.abs() * start.dequantize().sign()
+    before = (learner() - target).square().sum()
+    for _ in range(50):
+        (learner() - target).square().sum().backward()
+        for value in learner.moving():
+            value.data -= 0.01 * value.grad.sign()  # type: ignore[union-attr]
+            value.grad = None
+    found = learner.quantized()
+    assert (found.dequantize() - target).square().sum() < before
+    moved = {key for key, value in start.params.items() if not torch.equal(value, found.params[key])}
+    assert moved == {"values"}
+    assert torch.equal(found.codes, start.codes)
+
+
+def test_steps_are_those_of_levels_whatever_lies_beside_and_however_many_tables_there_are() -> None:
+    levels = torch.tensor([[0.0, 1.0, 2.0, 3.0, 0.0, 2.0, 4.0, 6.0]]).half()
+    params = {
+        "levels": levels,
+        "columns": torch.tensor([[5]], dtype=torch.int16),
+        "values": torch.tensor([[50.0]]).half(),
+    }
+    codes = torch.arange(32).remainder(4).to(torch.uint8)[None]
+    start = QuantizedTensor(grid_of("kmeans2-g16+3%"), (1, 32), codes, params)
+    assert torch.equal(step_of(start), torch.tensor([[1.0, 2.0]]))
+
+
 def test_gradients_of_offsets_go_straight_through() -> None:
     _, start = start_of("int4-g32")
     learner = Learner(start, True, False)
@@ -76,7 +108,7 @@ def test_gradients_of_offsets_go_straight_through() -> None:
     (learner() * G).sum().backward()
     assert learner.offset is not None
     assert learner.offset.grad is not None
-    expected = (G.view(6, 8, 32) * step_of(start.dequantize(), start)[..., None]).view(6, 256)
+    expected = (G.view(6, 8, 32) * step_of(start)[..., None]).view(6, 256)
     assert torch.equal(learner.offset.grad, expected)
     assert not learner.changes
 
@@ -90,7 +122,7 @@ def test_gradients_of_low_rank_are_those_of_the_product() -> None:
     G = torch.randn(start.shape)
     (learner() * G).sum().backward()
     A, B = (each.detach().clone().requires_grad_() for each in (learner.A, learner.B))
-    steps = step_of(start.dequantize(), start)[..., None]
+    steps = step_of(start)[..., None]
     ((B @ A).view(6, 8, 32) * steps * G.view(6, 8, 32)).sum().backward()
     assert torch.allclose(learner.A.grad, A.grad, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
     assert torch.allclose(learner.B.grad, B.grad, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]

@@ -390,7 +390,9 @@ def test_generation_is_the_same_frozen_or_not(weights: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("weights", "activations"), [("qint8", "qint8"), ("qint4", None), ("kmeans4", None)])
+@pytest.mark.parametrize(
+    ("weights", "activations"), [("qint8", "qint8"), ("qint4", None), ("kmeans4", None), ("kmeans3+2%", None)]
+)
 def test_a_frozen_block_compiles_whole(weights: str, activations: str | None, backend: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 64)).eval()

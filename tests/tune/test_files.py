@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tiny import random_tokens, save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
@@ -70,6 +71,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
         ("llama", "mxfp4"),
         ("llama", "whit-nf4-g32"),
         ("gpt2", "whit-int3-g32"),
+        ("llama", "whit-kmeans2+2%"),
         ("gemma2", "w4a16-g32"),
         ("mixtral", "whit-int4-g32"),
     ],
@@ -131,6 +133,17 @@ def test_scales_and_low_rank(train: str, tmp_path: Path) -> None:
     assert scales > 0
 
 
+def test_outliers_beside_codes_learn_and_levels_and_codes_stay_with_scales(tmp_path: Path) -> None:
+    original, file = saved("llama", "whit-kmeans2+2%", tmp_path)
+    settings = replace(QUICK, train="scales")
+    found = tune_file(open_model(file), tmp_path / "out", TRAIN, HELD_OUT, open_model(original), settings)
+    assert found.changed
+    first, second = (load_file(each / "model.safetensors") for each in (file, tmp_path / "out"))
+    moved = {name.rpartition(".")[2] for name, value in first.items() if not torch.equal(value, second[name])}
+    assert moved == {"weight", "weight_values"}  # norms, and what lies beside
+    assert all(not torch.equal(value, second[name]) for name, value in first.items() if name.endswith("weight_values"))
+
+
 def test_the_evaluator_sees_the_gain(tmp_path: Path) -> None:
     original, file = saved("llama", "gptq-3bit-g32", tmp_path)
     settings = replace(QUICK, steps=40)
@@ -158,7 +171,7 @@ def test_a_training_in_vain_leaves_the_file_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "out.gguf").read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("recipe", ["q4_0", "gptq-4bit-g32"])
+@pytest.mark.parametrize("recipe", ["q4_0", "gptq-4bit-g32", "whit-kmeans2+2%"])
 def test_a_killed_run_goes_on_to_the_same_bytes(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, file = saved("llama", recipe, tmp_path)
     monkeypatch.setattr(state, "SECONDS", 0.0)

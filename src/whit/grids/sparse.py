@@ -133,9 +133,21 @@ class Sparse:
         values = params[VALUES].float()
         return values.new_zeros(len(values), cols).scatter_(1, params[COLUMNS].long(), values)
 
+    def slopes(self, G: Tensor, params: Params) -> dict[str, Tensor]:
+        """dL/dparameter [rows, count] of dL/d decoded matrix, G [rows, cols]: each outlier is added to one weight."""
+        return {VALUES: G.gather(1, params[COLUMNS].long())}
+
     def levels(self, params: Params) -> Params:
         """The parameters of the base alone."""
         return {name: each for name, each in params.items() if name not in (COLUMNS, VALUES)}
+
+    def check(self, params: Params, cols: int) -> None:
+        """Raises ValueError when columns are not those of a row of `cols` weights, each once and in ascending order."""
+        columns = params[COLUMNS]
+        if not ((columns >= 0) & (columns < cols)).all():
+            raise ValueError(f"outliers at columns that a row of {cols} weights does not have")
+        if not (columns[:, 1:] > columns[:, :-1]).all():
+            raise ValueError("outliers whose columns are not in ascending order, each once")
 
     def _worst(self, cost: Tensor) -> Tensor:
         """The columns [rows, count] that cost most, ascending; of equal ones the first, so that files are the same."""

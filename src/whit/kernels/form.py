@@ -2,7 +2,8 @@
 
 Three forms. **Tiles** hold every `Scaled` grid of 2 to 8 bits whose groups divide into blocks of columns: sixteen rows
 side by side, so that a vector register holds one row per lane and no sum runs across lanes. **Rows** hold grids with
-a table of levels per row, whose table then stays in a register; a table of the whole matrix is that of every row.
+tables of levels for rows, groups or the matrix, one row after the other: a table then stays in registers while its
+columns pass. What a row has beside its codes stays as it is stored.
 Everything else is **plain**: dense bits in the order of the codes, decoded by the grid itself.
 
 Which form a matrix takes depends on its grid and shape alone, never on the machine.
@@ -23,9 +24,11 @@ from whit.grids.grid import Grid, Spec
 from whit.grids.lattice import Lattice
 from whit.grids.levels import Integers, Table
 from whit.grids.scaled import PerGroup, Scaled
+from whit.grids.sparse import Sparse
 
 LANES = 16  # rows of a tile, columns of a step in the row form
 QUAD = 4  # columns whose codes lie in one 32-bit lane
+ROW_BLOCKS = {2: 64, 3: 64, 4: 32, 8: 32}  # columns that are packed together in the row form, by bits
 
 
 class Kind(Enum):
@@ -43,7 +46,7 @@ class Form:
     kind   the order of the codes
     rows, cols  of the matrix
     bits   of a code
-    group  columns that share parameters; in the tile form a multiple of `block`, beyond cols when rows are padded
+    group  columns that share parameters, in the tile form a multiple of `block`; beyond cols when rows are padded
     zero   the code of level 0 (integer levels), -1 when there is a table
     unit   what a stored scale of 1 stands for
     """
@@ -60,7 +63,7 @@ class Form:
     def block(self) -> int:
         """Columns that are packed together, the unit to which rows are padded."""
         if self.kind is Kind.ROWS:
-            return 32 if self.bits == 4 else 64
+            return ROW_BLOCKS[self.bits]
         return block_of(self.bits)
 
     @property
@@ -105,9 +108,13 @@ def _form(grid: Grid, shape: tuple[int, int]) -> Form:
     rows, cols = shape
     plain = Form(Kind.PLAIN, rows, cols, _plain_bits(grid, shape), 1, -1, 1.0)
     grid.schema(shape)  # divisibility
-    if isinstance(grid, Codebook) and not isinstance(grid.scheme, PerGroup) and plain.bits in (2, 3, 4):
+    tables = grid.base if isinstance(grid, Sparse) else grid
+    if isinstance(tables, Codebook) and plain.bits in ROW_BLOCKS:
         form = replace(plain, kind=Kind.ROWS)
-        return replace(form, group=form.padded)
+        if not isinstance(tables.scheme, PerGroup) or tables.scheme.size == cols:
+            return replace(form, group=form.padded)
+        least = form.block if plain.bits == 8 else LANES  # what meets one table at a time
+        return plain if tables.scheme.size % least else replace(form, group=tables.scheme.size)
     if not isinstance(grid, Scaled) or not 2 <= plain.bits <= 8:
         return plain
     form = replace(plain, kind=Kind.TILES, unit=grid.unit)
@@ -161,8 +168,7 @@ def buffer_specs(grid: Grid, shape: tuple[int, int]) -> dict[str, Spec]:
         codes = Spec((-(-n // 8), form.bits), torch.uint8) if form.bits else spec
         return {"codes": codes, **schema}
     if form.kind is Kind.ROWS:
-        levels = Spec((form.rows, 2**form.bits), schema["levels"].dtype)
-        return {"codes": Spec((form.rows, form.padded * form.bits // 8), torch.uint8), "levels": levels}
+        return {"codes": Spec((form.rows, form.padded * form.bits // 8), torch.uint8), **schema}
     specs = {"codes": Spec((form.tiles, form.padded * form.bits * LANES // 8), torch.uint8)}
     for name, spec in schema.items():
         specs[name] = Spec((form.tiles, form.groups, LANES), spec.dtype)

@@ -25,11 +25,15 @@ MANY_TILED = 12
 # Decoded weights that stay in the cache between writing and reading.
 SLAB_BYTES = 1 << 22
 
-# A packed matrix as operators take it: codes, scale, offset, table, rows, cols, bits, group, zero, unit.
-Matrix = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int, int, int, int, int, float]
+# A packed matrix as operators take it: codes, scale, offset, table, columns, beside; rows, cols, bits, group, zero,
+# unit.
+Matrix = tuple[
+    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int, int, int, float
+]
+N_TENSORS = 6  # with which it begins
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_MATRIX = (_P, _P, _I, _P, _I, _P, _L, _L, _I, _L, _I, ctypes.c_float)
+_MATRIX = (_P, _P, _I, _P, _I, _P, _L, _P, _I, _P, _L, _L, _L, _I, _L, _I, ctypes.c_float)
 _SIGNATURES = {
     "whit_linear": (_P, _L, _P, _P, _I, _I, *_MATRIX),
     "whit_linear_int8": (_P, _L, _P, _L, _P, _P, _I, _I, *_MATRIX),
@@ -66,7 +70,7 @@ class Native:
 
     def linear(self, x: Tensor, bias: Tensor | None, *matrix: *Matrix) -> Tensor:
         """As `matmul.linear`."""
-        rows, cols = matrix[4], matrix[5]
+        rows, cols = shape_of(matrix)
         _check(x, bias, rows, cols)
         x = x.contiguous()
         m = x.numel() // cols
@@ -92,7 +96,7 @@ class Native:
         self, x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: *Matrix
     ) -> Tensor:
         """As `matmul.linear_int8`."""
-        rows, cols = matrix[4], matrix[5]
+        rows, cols = shape_of(matrix)
         _check(x, bias, rows, cols)
         if x_scale.numel() not in (1, x.numel() // cols) or x.dtype != torch.int8:
             raise ValueError(
@@ -130,14 +134,14 @@ class Native:
 
     def dequantize(self, dtype: torch.dtype, *matrix: *Matrix) -> Tensor:
         """As `matmul.dequantize`."""
-        rows, cols = matrix[4], matrix[5]
+        rows, cols = shape_of(matrix)
         out = torch.empty((rows, cols), dtype=dtype)
         self._decode(0, rows, out, matrix)
         return out
 
     def rows(self, index: Tensor, dtype: torch.dtype, *matrix: *Matrix) -> Tensor:
         """As `matmul.rows`."""
-        rows, cols = matrix[4], matrix[5]
+        rows, cols = shape_of(matrix)
         index = index.long().contiguous()
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
             raise IndexError(f"a matrix of {rows} rows has no row {int(index.min())} or {int(index.max())}")
@@ -154,7 +158,7 @@ class Native:
 
     def _slabs(self, x: Tensor, bias: Tensor | None, matrix: Matrix) -> Tensor:
         """Weights decoded to x's dtype, some rows at a time, and multiplied by torch."""
-        rows, cols = matrix[4], matrix[5]
+        rows, cols = shape_of(matrix)
         flat = x.view(-1, cols)
         y = x.new_empty((flat.shape[0], rows))
         step = max(1, SLAB_BYTES // (cols * x.element_size()) // 16) * 16
@@ -184,16 +188,24 @@ def _check(x: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
         raise ValueError(f"a matrix [{rows}, {cols}] cannot take x {list(x.shape)}{of_bias}")
 
 
+def shape_of(matrix: Matrix) -> tuple[int, int]:
+    """Rows and columns."""
+    return matrix[6], matrix[7]
+
+
 def _pointers(matrix: Matrix) -> tuple[Any, ...]:
     """A matrix as the library takes it."""
-    codes, scale, offset, table, rows, cols, bits, group, zero, unit = matrix
+    codes, scale, offset, table, columns, beside, rows, cols, bits, group, zero, unit = matrix
+    step = 0 if scale is not None or table is None or len(table) == 1 else table.shape[1]  # one table of the matrix: 0
     return (
         codes.data_ptr(),
         None if scale is None else scale.data_ptr(),
         0 if scale is None else _SCALES[scale.dtype],
         None if offset is None else offset.data_ptr(),
         0 if offset is None else 1 if offset.dtype == torch.uint8 else 2,
-        None if table is None else table.data_ptr(),
+        None if table is None else table.data_ptr(), step,
+        None if columns is None else columns.data_ptr(), 0 if columns is None else columns.itemsize,
+        None if beside is None else beside.data_ptr(), 0 if beside is None else beside.shape[1],
         rows, cols, bits, group, zero, unit,
     )  # fmt: skip
 

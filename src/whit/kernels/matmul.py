@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whit.grids.sparse import COLUMNS, VALUES
 from whit.kernels import library, ops
 from whit.kernels.form import Form, Kind
 from whit.kernels.library import Matrix
@@ -84,11 +85,14 @@ def _matrix(packed: Packed, form: Form) -> Matrix:
     """The arguments of the operators for one matrix."""
     buffers = packed.buffers
     if form.kind is Kind.ROWS:
-        return buffers["codes"], None, None, buffers["levels"], form.rows, form.cols, form.bits, form.group, -1, 1.0
+        return (
+            buffers["codes"], None, None, buffers["levels"], buffers.get(COLUMNS), buffers.get(VALUES),
+            form.rows, form.cols, form.bits, form.group, form.zero, form.unit,
+        )  # fmt: skip
     offset = buffers.get("zero")
     return (
         buffers["codes"], buffers["scale"], buffers.get("minimum") if offset is None else offset, buffers.get("table"),
-        form.rows, form.cols, form.bits, form.group, form.zero, form.unit,
+        None, None, form.rows, form.cols, form.bits, form.group, form.zero, form.unit,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The kernels as operators of torch, in the namespace `whit`, so that torch.compile and torch.export see through them.
 
-A signature holds tensors and numbers only. Every operator that reads a packed matrix takes the same ten arguments for
-it: codes, scale, offset (uint8: zero points, float: minima), table, rows, cols, bits, group, zero, unit (form.py).
+A signature holds tensors and numbers only. Every operator that reads a packed matrix takes the same twelve arguments
+for it: codes, scale, offset (uint8: zero points, float: minima), table, columns and beside (numbers beside the codes),
+rows, cols, bits, group, zero, unit (form.py).
 Plain matrices have no kernel: one operator decodes them, and its grid travels by name.
 """
 
@@ -20,7 +21,7 @@ from whit.kernels import library, reference
 from whit.kernels.packed import Packed, unpack
 
 _MATRIX = (
-    "Tensor codes, Tensor? scale, Tensor? offset, Tensor? table, "
+    "Tensor codes, Tensor? scale, Tensor? offset, Tensor? table, Tensor? columns, Tensor? beside, "
     "int rows, int cols, int bits, int group, int zero, float unit"
 )
 _LIBRARY = torch.library.Library("whit", "DEF")
@@ -67,12 +68,13 @@ def _dequantize(dtype: torch.dtype, *matrix: Any) -> Tensor:
 
 
 def _rows(index: Tensor, dtype: torch.dtype, *matrix: Any) -> Tensor:
-    codes, scale, offset, table, rows, cols, bits, group, zero, unit = matrix
+    codes, scale, offset, table, columns, beside, rows, cols, bits, group, zero, unit = matrix
     if library.NATIVE is not None and index.is_cpu and dtype in library.FLOATS:
         return library.NATIVE.rows(index, dtype, *matrix)
     if scale is None:
         few, at = index.reshape(-1), torch.arange(index.numel(), device=index.device)
-        table, codes = table[few], codes[few]
+        codes, table = codes[few], table if len(table) == 1 else table[few]
+        columns, beside = (None if each is None else each[few] for each in (columns, beside))
     else:  # the tiles of these rows alone
         of_row, lane = index.reshape(-1) // 16, index.reshape(-1) % 16
         at = torch.arange(index.numel(), device=index.device) * 16 + lane
@@ -81,7 +83,7 @@ def _rows(index: Tensor, dtype: torch.dtype, *matrix: Any) -> Tensor:
         rows = 16 * index.numel()
     if scale is None:
         rows = index.numel()
-    found = reference.dequantize(codes, scale, offset, table, rows, cols, bits, group, zero, unit)
+    found = reference.dequantize(codes, scale, offset, table, columns, beside, rows, cols, bits, group, zero, unit)
     return found[at].view(*index.shape, cols).to(dtype)
 
 
@@ -114,12 +116,12 @@ for _name, _function in {
 
 @torch.library.register_fake("whit::linear", lib=_LIBRARY)
 def _fake_linear(x: Tensor, bias: Tensor | None, *matrix: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], matrix[4])
+    return x.new_empty(*x.shape[:-1], library.shape_of(matrix)[0])
 
 
 @torch.library.register_fake("whit::linear_int8", lib=_LIBRARY)
 def _fake_linear_int8(x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], matrix[4], dtype=dtype)
+    return x.new_empty(*x.shape[:-1], library.shape_of(matrix)[0], dtype=dtype)
 
 
 @torch.library.register_fake("whit::quantize_rows", lib=_LIBRARY)
@@ -129,12 +131,12 @@ def _fake_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("whit::dequantize", lib=_LIBRARY)
 def _fake_dequantize(dtype: torch.dtype, *matrix: Any) -> Tensor:
-    return matrix[0].new_empty(matrix[4], matrix[5], dtype=dtype)
+    return matrix[0].new_empty(library.shape_of(matrix), dtype=dtype)
 
 
 @torch.library.register_fake("whit::rows", lib=_LIBRARY)
 def _fake_rows(index: Tensor, dtype: torch.dtype, *matrix: Any) -> Tensor:
-    return index.new_empty(*index.shape, matrix[5], dtype=dtype)
+    return index.new_empty(*index.shape, library.shape_of(matrix)[1], dtype=dtype)
 
 
 @torch.library.register_fake("whit::decode", lib=_LIBRARY)
@@ -146,23 +148,22 @@ def _fake_decode(codes: Tensor, params: Sequence[Tensor], grid: str, rows: int, 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, codes, scale, offset, table, *numbers = inputs
-    ctx.numbers = numbers
-    ctx.present = [tensor is not None for tensor in (scale, offset, table)]
-    ctx.save_for_backward(*(tensor for tensor in (codes, scale, offset, table) if tensor is not None))
+    _, bias, *matrix = inputs
+    tensors, ctx.numbers = matrix[: library.N_TENSORS], matrix[library.N_TENSORS :]
+    ctx.present = [tensor is not None for tensor in tensors]
+    ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None))
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    codes, *rest = ctx.saved_tensors
-    present = iter(rest)
-    scale, offset, table = (next(present) if there else None for there in ctx.present)
-    weight = torch.ops.whit.dequantize.default(grad.dtype, codes, scale, offset, table, *ctx.numbers)
+    present = iter(ctx.saved_tensors)
+    tensors = [next(present) if there else None for there in ctx.present]
+    weight = torch.ops.whit.dequantize.default(grad.dtype, *tensors, *ctx.numbers)
     grad_x = grad @ weight
     grad_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
-    return grad_x, grad_bias, *(None,) * 10
+    return grad_x, grad_bias, *(None,) * (len(ctx.present) + len(ctx.numbers))
 
 
 torch.library.register_autograd("whit::linear", _backward, setup_context=_save, lib=_LIBRARY)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from whit.grids.grid import Grid
 from whit.grids.quantized import QuantizedTensor
+from whit.grids.sparse import Sparse
 from whit.kernels.form import LANES, QUAD, Form, Kind, buffer_specs, form_of, planes, table_of
 from whit.kernels.library import large_pages
 
@@ -47,7 +48,8 @@ class Packed:
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
 
     def check(self) -> None:
-        """Raises ValueError when a buffer is missing or has another shape or dtype than its grid states."""
+        """Raises ValueError when a buffer is missing, has another shape or dtype than its grid states, or names columns
+        that there are not."""
         specs = buffer_specs(self.grid, self.shape)
         if specs.keys() != self.buffers.keys():
             raise ValueError(f"{self.grid} packs into {sorted(specs)}, found {sorted(self.buffers)}")
@@ -58,6 +60,8 @@ class Packed:
                     f"{name} of packed {self.grid} must be {spec.dtype} {list(spec.shape)}, "
                     f"found {found.dtype} {list(found.shape)}"
                 )
+        if isinstance(self.grid, Sparse):
+            self.grid.check(self.buffers, self.shape[1])
 
 
 def pack(quantized: QuantizedTensor) -> Packed:
@@ -68,7 +72,7 @@ def pack(quantized: QuantizedTensor) -> Packed:
         buffers = {"codes": _pack_plain(codes, form.bits) if form.bits else codes.contiguous()}
         buffers |= {name: value.contiguous() for name, value in params.items()}
     elif form.kind is Kind.ROWS:
-        buffers = {"codes": _pack_rows(codes, form), "levels": params["levels"].expand(form.rows, -1).contiguous()}
+        buffers = {"codes": _pack_rows(codes, form), **{name: value.contiguous() for name, value in params.items()}}
     else:
         buffers = {"codes": _pack_tiles(codes, form)}
         for name, value in params.items():
@@ -93,7 +97,7 @@ def unpack(packed: Packed) -> QuantizedTensor:
         return QuantizedTensor(grid, shape, codes.clone(), {name: value.clone() for name, value in params.items()})
     if form.kind is Kind.ROWS:
         codes = unpack_rows(codes, form.cols, form.bits)
-        return QuantizedTensor(grid, shape, codes, {"levels": params["levels"][: schema["levels"].shape[0]].clone()})
+        return QuantizedTensor(grid, shape, codes, {name: value.clone() for name, value in params.items()})
     params = {name: untile_params(value, form.rows) for name, value in params.items()}
     params = {name: value[tuple(slice(n) for n in schema[name].shape)].clone() for name, value in params.items()}
     return QuantizedTensor(grid, shape, unpack_tiles(codes, form.rows, form.cols, form.bits), params)
@@ -161,9 +165,12 @@ def _integer(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pack_rows(codes: Tensor, form: Form) -> Tensor:
-    """[rows, bytes] uint8: per block sixteen bytes whose fields are sixteen columns apart, then single bits."""
+    """[rows, bytes] uint8: per block sixteen bytes whose fields are sixteen columns apart, then single bits; codes of
+    eight bits as they are."""
     padded = codes.new_zeros(form.rows, form.padded)
     padded[:, : form.cols] = codes
+    if form.bits == 8:
+        return padded
     steps = padded.view(form.rows, -1, form.block // LANES, LANES)  # [rows, blocks, steps, 16]
     width = 4 if form.bits == 4 else 2
     low = torch.zeros_like(steps[:, :, 0])
@@ -178,6 +185,8 @@ def _pack_rows(codes: Tensor, form: Form) -> Tensor:
 
 def unpack_rows(codes: Tensor, cols: int, bits: int) -> Tensor:
     """uint8 codes [rows, cols] from the row form [rows, bytes]."""
+    if bits == 8:
+        return codes[:, :cols].contiguous()
     rows, width = codes.shape[0], 4 if bits == 4 else 2
     blocks = codes.view(rows, -1, 24 if bits == 3 else 16)
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)[:, None]

@@ -13,13 +13,17 @@ from whit.kernels.packed import unpack_rows, unpack_tiles, untile_params
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor | None, offset: Tensor | None, table: Tensor | None,
-    rows: int, cols: int, bits: int, group: int, zero: int, unit: float,
+    codes: Tensor, scale: Tensor | None, offset: Tensor | None, table: Tensor | None, columns: Tensor | None,
+    beside: Tensor | None, rows: int, cols: int, bits: int, group: int, zero: int, unit: float,
 ) -> Tensor:  # fmt: skip
     """[rows, cols] float32, in the grid's own order of operations."""
     if scale is None:
         assert table is not None
-        return table.float().gather(1, unpack_rows(codes, cols, bits).long())
+        first = torch.arange(cols, device=codes.device) // group << bits  # of the levels of a column's group
+        levels = table.float().expand(rows, -1).gather(1, unpack_rows(codes, cols, bits) + first)
+        if columns is None or beside is None:
+            return levels
+        return levels.scatter_add_(1, columns.long(), beside.float())
     index = unpack_tiles(codes, rows, cols, bits)
     if table is None:
         levels = index.float().sub_(zero)

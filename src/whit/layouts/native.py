@@ -19,7 +19,7 @@ from whit.grids.grid import Grid, Spec
 from whit.grids.indexed import Indexed
 from whit.grids.quantized import QuantizedTensor
 from whit.grids.scaled import Scaled
-from whit.grids.sparse import COLUMNS, Sparse
+from whit.grids.sparse import Sparse
 from whit.layouts.ggml import GGMLType, ggml_type_of
 from whit.layouts.words import n_words, pack_words, unpack_words
 
@@ -65,8 +65,8 @@ class Native:
         if isinstance(grid, CODED):
             rows, cols = (int(n) for n in parts[SHAPE])
             params = {key.removeprefix(PREFIX): value for key, value in parts.items() if key not in (CODES, SHAPE)}
-            if isinstance(grid, Sparse) and not ((params[COLUMNS] >= 0) & (params[COLUMNS] < cols)).all():
-                raise ValueError(f"outliers at columns that a row of {cols} weights does not have")
+            if isinstance(grid, Sparse):
+                grid.check(params, cols)
             return QuantizedTensor(grid, (rows, cols), unpack_words(parts[CODES], _bits(grid), cols), params)
         raw = parts[BLOCKS]
         return _blocks(grid).unpack(raw.reshape(-1), (raw.shape[0], self.cols(grid, raw.shape[1])))

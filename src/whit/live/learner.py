@@ -1,7 +1,7 @@
 """A quantized matrix that learns: its codes follow float offsets, its scales follow relative changes.
 
     codes   = round((start + offset * step) on the start's own scales)
-    scale   = stored(start scale * (1 + change))
+    scale   = stored(start scale * (1 + change))           outliers beside the codes of a table likewise
     matrix  = decode(codes, scales)
 
 With a rank, offsets are a product of two narrow matrices, offset = B A: fewer numbers move.
@@ -25,13 +25,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from whit.grids.codebook import Codebook
 from whit.grids.grid import Adaptive, Params
 from whit.grids.quantized import QuantizedTensor
+from whit.grids.sparse import VALUES, Sparse
 from whit.live.stored import Stored
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 PART = 2**18  # weights that are rounded at a time
-FARTHEST = 0.25  # |change| of a scale
+FARTHEST = 0.25  # |change| of a scale or an outlier
 INSIDE = 0.49  # steps; how far from its level a weight may start
 
 
@@ -86,16 +88,20 @@ class Learner(nn.Module):
         if codes:
             self.free()
         moving = list(start.params) if scales and hasattr(start.grid, "bases") else []
-        self.changes = nn.ParameterDict(
-            {
-                name: nn.Parameter(torch.zeros(start.params[name].shape, device=start.codes.device))
-                for name in moving
-                if start.params[name].dtype in FLOATS
-            }
-        )
+        if scales and isinstance(start.grid, Sparse):
+            moving = [VALUES]
+        self._moving = [name for name in moving if start.params[name].dtype in FLOATS]
+        for name in self._moving:  # torch's own dictionary of parameters takes none called "values"
+            change = torch.zeros(start.params[name].shape, device=start.codes.device)
+            self.register_parameter(f"change_{name}", nn.Parameter(change))
 
     codes: Tensor
     step: Tensor
+
+    @property
+    def changes(self) -> dict[str, nn.Parameter]:
+        """By the names of the grid's parameters."""
+        return {name: self.get_parameter(f"change_{name}") for name in self._moving}
 
     def moving(self) -> list[nn.Parameter]:
         """The offset or its factors, then the changes; what is there."""
@@ -117,7 +123,7 @@ class Learner(nn.Module):
         """Codes move from where they are now on."""
         start = QuantizedTensor(self.grid, self.shape, self.codes, self.stored.tensors)
         W = start.dequantize()
-        self.register_buffer("step", step_of(W, start), persistent=False)
+        self.register_buffer("step", step_of(start), persistent=False)
         if self._rank is not None:
             (rows, cols), device = self.shape, self.codes.device
             generator = torch.Generator().manual_seed(self._seed)
@@ -160,6 +166,9 @@ class Learner(nn.Module):
                 found = [self.B.T @ by_offset, by_offset @ self.A.T]
         if not self.changes:
             return found
+        if isinstance(self.grid, Sparse):
+            slopes = self.grid.slopes(G, quantized.params)
+            return [*found, *(slopes[name] * self.stored.tensors[name].float() for name in self.changes)]
         bases = cast(Adaptive, self.grid).bases(quantized.codes, quantized.params)
         for name in self.changes:
             start = self.stored.tensors[name].float()
@@ -198,12 +207,13 @@ class Learner(nn.Module):
         return (self._spans(x) * self.step[..., None]).view(self.shape)
 
 
-def step_of(W: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """[rows, spans] float32: the range of each innermost span over the number of its levels.
-
-    W  [rows, cols] the matrix decoded
-    """
+def step_of(quantized: QuantizedTensor) -> Tensor:
+    """[rows, spans] float32: the range of each innermost span over the number of its levels, outliers apart."""
     rows, cols = quantized.shape
-    spans = W.view(rows, -1, quantized.grid.spans(cols)[-1])
-    n_levels = 2.0 ** int(quantized.grid.bits_per_weight(cols))
+    grid, W = quantized.grid, quantized.dequantize()
+    if isinstance(grid, Sparse):
+        W = W - grid.beside(quantized.params, cols)
+        grid = grid.base
+    spans = W.view(rows, -1, grid.spans(cols)[-1])
+    n_levels = 2.0 ** (grid.bits if isinstance(grid, Codebook) else int(grid.bits_per_weight(cols)))
     return (spans.amax(-1) - spans.amin(-1)) / (n_levels - 1)

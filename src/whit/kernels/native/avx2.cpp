@@ -136,8 +136,61 @@ void tile_float(const Matrix& w, const Activations& a, int64_t tile, int64_t fir
   plain_tile_float(w, a, tile, first, n, out);  // integers come here only with x that is not finite
 }
 
-const Kernels kernels = {"avx2",      tile_float,      tiles_of<Integers>, tiles_of<Fixed>,
-                         plain_fixed, plain_row_float, plain_unpack,       plain_decode};
+// The levels of one table, looked up for eight columns.
+template <int BITS>
+struct Book {
+  using Floats = __m256;
+  static constexpr int COLUMNS = 8;
+  __m256 low, high;
+  float levels[BITS == 8 ? 256 : 1];
+
+  static WHIT_INLINE __m256 eight(const uint16_t* at) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  }
+  WHIT_INLINE void read(const uint16_t* book) {
+    if constexpr (BITS == 8) {
+      for (int i = 0; i < 256; i += 8) _mm256_storeu_ps(levels + i, eight(book + i));
+    } else if constexpr (BITS == 2) {  // repeated, so that higher bits of an index do not matter
+      int64_t four;
+      memcpy(&four, book, 8);
+      low = _mm256_cvtph_ps(_mm_set1_epi64x(four));
+    } else {
+      low = eight(book);
+      if constexpr (BITS == 4) high = eight(book + 8);
+    }
+  }
+  // Field `f` (of WIDTH bits) of eight bytes; `third` holds the bits that three-bit codes have beyond it.
+  template <int WIDTH>
+  WHIT_INLINE __m256 at(const uint8_t* bytes, int f, const uint8_t* third) const {
+    __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+    if constexpr (BITS == 8) return _mm256_i32gather_ps(levels, code, 4);
+    code = _mm256_srli_epi32(code, WIDTH * f);
+    if constexpr (BITS == 3) {
+      const __m256i bit = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+      const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*third), bit), bit);
+      code = _mm256_and_si256(code, _mm256_set1_epi32(3));
+      code = _mm256_or_si256(code, _mm256_and_si256(set, _mm256_set1_epi32(4)));
+    }
+    const __m256 value = _mm256_permutevar8x32_ps(low, code);
+    if constexpr (BITS < 4) return value;
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // the fourth bit as a sign
+    return _mm256_blendv_ps(value, _mm256_permutevar8x32_ps(high, code), upper);
+  }
+  static WHIT_INLINE Floats none() { return _mm256_setzero_ps(); }
+  static WHIT_INLINE Floats load(const float* x) { return _mm256_loadu_ps(x); }
+  static WHIT_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static WHIT_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static WHIT_INLINE float total(Floats a) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+  }
+};
+
+#include "books.h"
+
+const Kernels kernels = {"avx2",    tile_float,       tiles_of<Integers>, tiles_of<Fixed>, plain_fixed,
+                         row_float<Book>, plain_row_beside, plain_unpack,       plain_decode};
 
 }  // namespace
 

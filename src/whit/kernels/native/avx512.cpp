@@ -164,37 +164,98 @@ void streams_of(const Matrix& w, const Activations& a, int64_t tile, float* out)
   }
 }
 
+// The levels of one table, looked up for sixteen columns.
 template <int BITS>
-float row_of(const Matrix& w, const float* x, int64_t row) {
-  constexpr int width = BITS == 4 ? 4 : 2, fields = 8 / width;
-  alignas(64) float levels[16];
-  for (int i = 0; i < 16; i++) levels[i] = from_f16(w.books[(row << BITS) + (i & ((1 << BITS) - 1))]);
-  const __m512 table = _mm512_load_ps(levels);  // repeated, so that higher bits of an index do not matter
-  const uint8_t* codes = w.codes + row * w.row_bytes;
-  __m512 sums[fields];
-  for (int f = 0; f < fields; f++) sums[f] = _mm512_setzero_ps();
-  for (int64_t col = 0; col < w.padded; col += 16 * fields, codes += BITS == 3 ? 24 : 16) {
-    prefetch(codes, 1);
-    __m512i bytes = bytes16(codes);
-    for (int f = 0; f < fields; f++) {
-      __m512i code = f ? _mm512_srli_epi32(bytes, unsigned(width * f)) : bytes;
-      if constexpr (BITS == 3) {
-        uint16_t high;
-        memcpy(&high, codes + 16 + 2 * f, 2);
-        code = _mm512_and_si512(code, _mm512_set1_epi32(3));
-        code = _mm512_mask_add_epi32(code, __mmask16(high), code, _mm512_set1_epi32(4));
-      }
-      const __m512 value = _mm512_permutexvar_ps(code, table);
-      sums[f] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + col + 16 * f), sums[f]);
+struct Book {
+  using Floats = __m512;
+  static constexpr int COLUMNS = 16;
+  __m512 table;
+
+  WHIT_INLINE void read(const uint16_t* book) {  // repeated, so that higher bits of an index do not matter
+    __m256i halves;
+    if constexpr (BITS == 4) {
+      halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(book));
+    } else if constexpr (BITS == 3) {
+      halves = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(book)));
+    } else {
+      int64_t four;
+      memcpy(&four, book, 8);
+      halves = _mm256_set1_epi64x(four);
+    }
+    table = _mm512_cvtph_ps(halves);
+  }
+  // Field `f` (of WIDTH bits) of sixteen bytes; `third` holds the bits that three-bit codes have beyond it.
+  template <int WIDTH>
+  WHIT_INLINE __m512 at(const uint8_t* bytes, int f, const uint8_t* third) const {
+    __m512i code = bytes16(bytes);
+    if (f) code = _mm512_srli_epi32(code, unsigned(WIDTH * f));
+    if constexpr (BITS == 3) {
+      uint16_t high;
+      memcpy(&high, third, 2);
+      code = _mm512_and_si512(code, _mm512_set1_epi32(3));
+      code = _mm512_mask_add_epi32(code, __mmask16(high), code, _mm512_set1_epi32(4));
+    }
+    return _mm512_permutexvar_ps(code, table);
+  }
+  static WHIT_INLINE Floats none() { return _mm512_setzero_ps(); }
+  static WHIT_INLINE Floats load(const float* x) { return _mm512_loadu_ps(x); }
+  static WHIT_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static WHIT_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static WHIT_INLINE float total(Floats a) { return _mm512_reduce_add_ps(a); }
+};
+
+struct Pair {
+  __m512 low, high;
+};
+
+// 256 levels are eight registers of half precision; 32 columns look up all four quarters, which is faster than a gather.
+template <>
+struct Book<8> {
+  using Floats = Pair;
+  static constexpr int COLUMNS = 32;
+  __m512i halves[8];
+
+  WHIT_INLINE void read(const uint16_t* book) {
+    for (int i = 0; i < 8; i++) halves[i] = _mm512_loadu_si512(book + 32 * i);
+  }
+  template <int>
+  WHIT_INLINE Pair at(const uint8_t* bytes, int, const uint8_t*) const {
+    const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    const __mmask32 second = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
+    const __mmask32 upper = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
+    __m512i quarter[4];
+    for (int i = 0; i < 4; i++) quarter[i] = _mm512_permutex2var_epi16(halves[2 * i], code, halves[2 * i + 1]);
+    const __m512i found = _mm512_mask_blend_epi16(upper, _mm512_mask_blend_epi16(second, quarter[0], quarter[1]),
+                                                  _mm512_mask_blend_epi16(second, quarter[2], quarter[3]));
+    return {_mm512_cvtph_ps(_mm512_castsi512_si256(found)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(found, 1))};
+  }
+  static WHIT_INLINE Pair none() { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
+  static WHIT_INLINE Pair load(const float* x) { return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)}; }
+  static WHIT_INLINE Pair fma(Pair a, Pair b, Pair c) {
+    return {_mm512_fmadd_ps(a.low, b.low, c.low), _mm512_fmadd_ps(a.high, b.high, c.high)};
+  }
+  static WHIT_INLINE Pair add(Pair a, Pair b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }
+  static WHIT_INLINE float total(Pair a) { return _mm512_reduce_add_ps(_mm512_add_ps(a.low, a.high)); }
+};
+
+#include "books.h"
+
+void row_beside(const Matrix& w, const float* x, int64_t n, int64_t row, float* out) {
+  __m512 sums[MOST];
+  for (int64_t k = 0; k < n; k++) sums[k] = _mm512_setzero_ps();
+  for (int64_t from = 0; from < w.count; from += 16) {
+    const int64_t left = w.count - from, at = row * w.count + from;
+    const __mmask16 kept = left < 16 ? __mmask16((1u << left) - 1) : __mmask16(0xffff);
+    const __m512i columns = w.column_bytes == 2
+                                ? _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(kept, w.columns + 2 * at))
+                                : _mm512_maskz_loadu_epi32(kept, w.columns + 4 * at);
+    const __m512 values = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(kept, w.beside + at));
+    for (int64_t k = 0; k < n; k++) {
+      const __m512 some = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), kept, columns, x + k * w.padded, 4);
+      sums[k] = _mm512_fmadd_ps(values, some, sums[k]);
     }
   }
-  __m512 sum = _mm512_add_ps(sums[0], sums[1]);
-  if constexpr (fields == 4) sum = _mm512_add_ps(sum, _mm512_add_ps(sums[2], sums[3]));
-  return _mm512_reduce_add_ps(sum);
-}
-
-float row_float(const Matrix& w, const float* x, int64_t row) {
-  return w.bits == 2 ? row_of<2>(w, x, row) : w.bits == 3 ? row_of<3>(w, x, row) : row_of<4>(w, x, row);
+  for (int64_t k = 0; k < n; k++) out[k] += _mm512_reduce_add_ps(sums[k]);
 }
 
 // 16 x 16 words transposed, and the first `n` words of each row of the result stored.
@@ -248,27 +309,42 @@ void unpack(const Matrix& w, int64_t tile, uint8_t* codes) {
   of_bits[w.bits - 2](w, tile, codes);
 }
 
+void decode_row(const Matrix& w, const uint8_t* codes, int64_t row, void* out, int type) {
+  alignas(64) float levels[256] = {};
+  for (int64_t from = 0; from < w.cols; from += w.group) {
+    const uint16_t* book = book_of(w, row, from);
+    for (int i = 0; i < 1 << w.bits; i++) levels[i] = from_f16(book[i]);
+    const __m512 table = _mm512_load_ps(levels);
+    const int64_t end = from + w.group < w.cols ? from + w.group : w.cols;
+    for (int64_t col = from; col < end; col += 16) {
+      const __m512i code = bytes16(codes + col);
+      const __m512 value = w.bits <= 4 ? _mm512_permutexvar_ps(code, table) : _mm512_i32gather_ps(code, levels, 4);
+      store16(out, col, value, type, end - col >= 16 ? __mmask16(0xffff) : __mmask16((1u << (end - col)) - 1));
+    }
+  }
+}
+
 void decode(const Matrix& w, const uint8_t* codes, int64_t tile, int64_t lane, void* out, int type) {
+  if (w.books) return decode_row(w, codes, tile, out, type);
   alignas(64) float levels[16] = {};
   const bool small = w.bits <= 4, shifted = w.offset_kind == ZERO_POINT;
   for (int i = 0; small && i < 1 << w.bits; i++)
-    levels[i] = w.books ? from_f16(w.books[(tile << w.bits) + i]) : w.levels ? w.levels[i] : float(i - w.zero);
+    levels[i] = w.levels ? w.levels[i] : float(i - w.zero);
   const __m512 table = _mm512_load_ps(levels), zero = _mm512_set1_ps(float(w.zero));
-  const int64_t group = w.books ? w.padded : w.group;
   for (int64_t g = 0; g < w.groups; g++) {
     const int64_t at = (tile * w.groups + g) * LANES + lane;
-    const __m512 scale = _mm512_set1_ps(w.books ? 1.0f : load(w.scale, at, w.scale_type) * w.unit);
+    const __m512 scale = _mm512_set1_ps(load(w.scale, at, w.scale_type) * w.unit);
     const __m512 point = _mm512_set1_ps(shifted ? float(w.offset[at]) : 0.0f);
     const __m512 minimum = _mm512_set1_ps(w.offset_kind == MINIMUM ? load(w.offset, at, w.scale_type) : 0.0f);
-    const int64_t end = (g + 1) * group < w.cols ? (g + 1) * group : w.cols;
-    for (int64_t col = g * group; col < end; col += 16) {
+    const int64_t end = (g + 1) * w.group < w.cols ? (g + 1) * w.group : w.cols;
+    for (int64_t col = g * w.group; col < end; col += 16) {
       const __m512i code = bytes16(codes + col);  // buffers are padded to blocks of at least sixteen
       __m512 value;
       if (small) value = _mm512_permutexvar_ps(code, table);
       else if (w.levels) value = _mm512_i32gather_ps(code, w.levels, 4);
       else value = _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero);
       if (shifted) value = _mm512_sub_ps(value, point);
-      if (!w.books) value = _mm512_mul_ps(value, scale);
+      value = _mm512_mul_ps(value, scale);
       if (w.offset_kind == MINIMUM) value = _mm512_add_ps(value, minimum);
       store16(out, col, value, type, end - col >= 16 ? __mmask16(0xffff) : __mmask16((1u << (end - col)) - 1));
     }
@@ -276,7 +352,7 @@ void decode(const Matrix& w, const uint8_t* codes, int64_t tile, int64_t lane, v
 }
 
 const Kernels kernels = {"avx512-vnni", tiles_of<Floats>, tiles_of<Integers>, tiles_of<Fixed>,   fixed<PARTS>,
-                         row_float,     unpack,           decode,             streams_of<1>,     streams_of<PARTS>,
+                         row_float<Book>, row_beside, unpack, decode, streams_of<1>, streams_of<PARTS>,
                          tiles_of<Halves>, fixed<HALF_PARTS>, streams_of<HALF_PARTS>};
 
 }  // namespace

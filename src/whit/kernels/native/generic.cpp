@@ -6,8 +6,8 @@ namespace {
 
 #include "portable.h"
 
-const Kernels kernels = {"generic",   plain_tile_float, plain_tile_int8, nullptr,
-                         plain_fixed, plain_row_float,  plain_unpack,    plain_decode};
+const Kernels kernels = {"generic",       plain_tile_float, plain_tile_int8, nullptr,     plain_fixed,
+                         plain_row_float, plain_row_beside, plain_unpack,    plain_decode};
 
 }  // namespace
 

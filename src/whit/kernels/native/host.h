@@ -12,12 +12,15 @@
 #endif
 
 // What every function takes for a matrix. `table` is float32 [2^bits] or null in the tile form; in the row form, which
-// has no scale, float16 [rows][2^bits].
+// has no scale, float16 [rows][groups][2^bits], with `book_step` numbers from row to row. `columns` (of `column_bytes`) and
+// float16 `beside` are [rows][count], or null.
 #define WHIT_MATRIX                                                                                              \
   const uint8_t *codes, const uint8_t *scale, int scale_type, const uint8_t *offset, int offset_kind,            \
-      const void *table, int64_t rows, int64_t cols, int bits, int64_t group, int zero, float unit
+      const void *table, int64_t book_step, const void *columns, int column_bytes, const void *beside, int64_t count, \
+      int64_t rows, int64_t cols, int bits, int64_t group, int zero, float unit
 #define WHIT_MATRIX_ARGUMENTS \
-  codes, scale, scale_type, offset, offset_kind, table, rows, cols, bits, group, zero, unit
+  codes, scale, scale_type, offset, offset_kind, table, book_step, columns, column_bytes, beside, count, rows, cols, bits, \
+      group, zero, unit
 
 namespace whit {
 
@@ -80,12 +83,11 @@ inline void derive(Matrix& w) {
   if (!w.integer) w.factor = 1.0f;
 }
 
-inline Matrix matrix(const uint8_t* codes, const uint8_t* scale, int scale_type, const uint8_t* offset, int offset_kind,
-              const void* table, int64_t rows, int64_t cols, int bits, int64_t group, int zero, float unit) {
+inline Matrix matrix(WHIT_MATRIX) {
   Matrix w = {};
   w.codes = codes, w.scale = scale, w.offset = offset, w.scale_type = scale_type, w.offset_kind = offset_kind;
   w.rows = rows, w.cols = cols, w.bits = bits, w.group = group, w.zero = zero, w.unit = unit;
-  const int64_t block = scale ? block_of(bits) : bits == 4 ? 32 : 64;
+  const int64_t block = scale ? block_of(bits) : row_block_of(bits);
   w.padded = (cols + block - 1) / block * block;
   if (scale) {
     w.levels = static_cast<const float*>(table);
@@ -94,7 +96,10 @@ inline Matrix matrix(const uint8_t* codes, const uint8_t* scale, int scale_type,
     derive(w);
   } else {
     w.books = static_cast<const uint16_t*>(table);
-    w.groups = 1;
+    w.book_step = book_step;
+    w.columns = static_cast<const uint8_t*>(columns), w.beside = static_cast<const uint16_t*>(beside);
+    w.count = count, w.column_bytes = column_bytes;
+    w.groups = (cols + group - 1) / group;
     w.row_bytes = w.padded * bits / 8;
   }
   return w;

@@ -115,11 +115,23 @@ void run_rows(const Matrix& w, const float* x, int64_t m, const float* x_scale, 
   const Kernels* k = kernels();
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < w.rows; row++) {
-    for (int64_t i = 0; i < m; i++) {
-      float sums[LANES];
-      sums[0] = k->row_float(w, x + i * w.padded, row);
-      finish(sums, i, 1, row, 1, w.rows, x_scale, scale_step, bias, y, type);
+    for (int64_t first = 0; first < m; first += MOST) {
+      const int64_t n = m - first < MOST ? m - first : MOST;
+      float sums[MOST], spread[MOST * LANES];
+      k->row_float(w, x + first * w.padded, n, row, sums);
+      if (w.count) k->row_beside(w, x + first * w.padded, n, row, sums);
+      for (int64_t i = 0; i < n; i++) spread[i * LANES] = sums[i];
+      finish(spread, first, n, row, 1, w.rows, x_scale, scale_step, bias, y, type);
     }
+  }
+}
+
+// Decodes one row from its codes; `lane` names its parameters in the tile.
+void decode_row(const Matrix& w, const uint8_t* codes, int64_t tile, int64_t lane, void* out, int type) {
+  kernels()->decode(w, codes, tile, lane, out, type);
+  for (int64_t at = tile * w.count; at < (tile + 1) * w.count; at++) {  // in the row form, where a tile is a row
+    const int64_t col = column_of(w, at);
+    store(out, col, from_f16(book_of(w, tile, col)[codes[col]]) + from_f16(w.beside[at]), type);
   }
 }
 
@@ -264,22 +276,21 @@ WHIT_EXPORT void whit_dequantize(int64_t first, int64_t last, void* out, int typ
     if (w.books) row_codes(w, row, buffer);
     else k->unpack(w, row / LANES, buffer);
     for (int64_t lane = 0; lane < step && row + lane < last; lane++)
-      k->decode(w, buffer + lane * w.padded, row / step, lane,
-                static_cast<char*>(out) + (row + lane - first) * w.cols * size, type);
+      decode_row(w, buffer + lane * w.padded, row / step, lane,
+                 static_cast<char*>(out) + (row + lane - first) * w.cols * size, type);
   }
 }
 
 // out [n][cols] of `type`: the rows that index names; they are not checked.
 WHIT_EXPORT void whit_rows(const int64_t* index, int64_t n, void* out, int type, int threads, WHIT_MATRIX) {
   const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
-  const Kernels* k = kernels();
   const int64_t step = w.books ? 1 : LANES, size = type == F32 ? 4 : 2;
 #pragma omp parallel for schedule(static) num_threads(n * w.cols < SMALL ? 1 : threads)
   for (int64_t i = 0; i < n; i++) {
     scratch_of_part.reserve(w.padded + ALIGN);
     uint8_t* buffer = scratch_of_part.take<uint8_t>(w.padded);
     row_codes(w, index[i], buffer);
-    k->decode(w, buffer, index[i] / step, index[i] % step, static_cast<char*>(out) + i * w.cols * size, type);
+    decode_row(w, buffer, index[i] / step, index[i] % step, static_cast<char*>(out) + i * w.cols * size, type);
   }
 }
 

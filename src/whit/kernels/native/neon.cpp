@@ -84,8 +84,8 @@ struct Fixed {
   static Rows of(const Matrix& w) { return integers_of<V, BITS, M, PARTS>(w); }
 };
 
-const Kernels kernels = {"neon",      plain_tile_float, tiles_of<Integers>, tiles_of<Fixed>,
-                         plain_fixed, plain_row_float,  plain_unpack,       plain_decode};
+const Kernels kernels = {"neon",          plain_tile_float, tiles_of<Integers>, tiles_of<Fixed>, plain_fixed,
+                         plain_row_float, plain_row_beside, plain_unpack,       plain_decode};
 
 }  // namespace
 

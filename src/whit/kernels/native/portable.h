@@ -71,19 +71,36 @@ inline float level(const Matrix& w, int code) { return w.levels ? w.levels[code]
   }
 }
 
-[[maybe_unused]] float plain_row_float(const Matrix& w, const float* x, int64_t row) {
+[[maybe_unused]] void plain_row_float(const Matrix& w, const float* x, int64_t n, int64_t row, float* out) {
   const uint8_t* codes = w.codes + row * w.row_bytes;
-  const int64_t block = w.bits == 4 ? 32 : 64;
-  float levels[16], sums[16] = {};
-  for (int i = 0; i < 1 << w.bits; i++) levels[i] = from_f16(w.books[(row << w.bits) + i]);
-  for (int64_t col = 0; col < w.padded; col += block, codes += w.bits == 3 ? 24 : 16) {
+  const int64_t block = row_block_of(w.bits);
+  const uint16_t* book = nullptr;
+  float levels[256], sums[MOST][LANES] = {};
+  for (int64_t col = 0; col < w.padded; col += block, codes += row_bytes_of(w.bits)) {
     uint8_t code[64];
     unpack_row(codes, w.bits, block, code);
-    for (int64_t i = 0; i < block; i++) sums[i % 16] += levels[code[i]] * x[col + i];
+    for (int64_t from = 0; from < block; from += LANES) {
+      const uint16_t* found = book_of(w, row, col + from);
+      for (int i = 0; found != book && i < 1 << w.bits; i++) levels[i] = from_f16(found[i]);
+      book = found;
+      for (int64_t k = 0; k < n; k++)
+        for (int64_t i = 0; i < LANES; i++) sums[k][i] += levels[code[from + i]] * x[k * w.padded + col + from + i];
+    }
   }
-  float sum = 0;
-  for (float each : sums) sum += each;
-  return sum;
+  for (int64_t k = 0; k < n; k++) {
+    out[k] = 0;
+    for (float each : sums[k]) out[k] += each;
+  }
+}
+
+[[maybe_unused]] void plain_row_beside(const Matrix& w, const float* x, int64_t n, int64_t row, float* out) {
+  float sums[MOST] = {};
+  for (int64_t at = row * w.count; at < (row + 1) * w.count; at++) {
+    const int64_t col = column_of(w, at);
+    const float value = from_f16(w.beside[at]);
+    for (int64_t k = 0; k < n; k++) sums[k] += value * x[k * w.padded + col];
+  }
+  for (int64_t k = 0; k < n; k++) out[k] += sums[k];
 }
 
 [[maybe_unused]] void plain_unpack(const Matrix& w, int64_t tile, uint8_t* codes) {
@@ -100,8 +117,11 @@ inline float level(const Matrix& w, int code) { return w.levels ? w.levels[code]
 
 [[maybe_unused]] void plain_decode(const Matrix& w, const uint8_t* codes, int64_t tile, int64_t lane, void* out, int type) {
   if (w.books) {
-    const uint16_t* levels = w.books + (tile << w.bits);
-    for (int64_t col = 0; col < w.cols; col++) store(out, col, from_f16(levels[codes[col]]), type);
+    for (int64_t from = 0; from < w.cols; from += w.group) {
+      const uint16_t* levels = book_of(w, tile, from);
+      const int64_t end = from + w.group < w.cols ? from + w.group : w.cols;
+      for (int64_t col = from; col < end; col++) store(out, col, from_f16(levels[codes[col]]), type);
+    }
     return;
   }
   for (int64_t g = 0; g < w.groups; g++) {

@@ -27,7 +27,14 @@ struct Matrix {
   const uint8_t* scale;    // [tiles][groups][16] of scale_type; null in the row form
   const uint8_t* offset;   // zero points (uint8) or minima (scale_type), as the scale
   const float* levels;     // [2^bits] when the levels are a table, else null
-  const uint16_t* books;   // row form: float16 [rows][2^bits]
+  // row form: float16 [groups][2^bits] of every row, `book_step` numbers from row to row (0: all rows share them)
+  const uint16_t* books;
+  int64_t book_step;
+  // row form: numbers beside the codes, `count` of each row, ascending columns; or null
+  const uint8_t* columns;  // [rows][count] int16 or int32
+  const uint16_t* beside;  // float16 [rows][count]
+  int64_t count;
+  int column_bytes;
   int64_t rows, cols, padded, group, groups, row_bytes;  // row_bytes: of a tile, or of a row in the row form
   int bits, zero, scale_type, offset_kind;
   float unit;
@@ -85,10 +92,13 @@ struct Kernels {
   void (*tile_fixed)(const Matrix&, const Activations&, int64_t tile, int64_t first, int64_t n, float* out);
   // n <= FIXED finite numbers in fixed point: digits at their places, their scale, their two sums
   void (*fixed)(const float* x, int64_t n, int8_t* digits, Places to, float* scale, int32_t* sums);
-  float (*row_float)(const Matrix&, const float* x, int64_t row);
+  // out [n]: one row of the row form with n <= MOST rows of x [n][padded], without what lies beside
+  void (*row_float)(const Matrix&, const float* x, int64_t n, int64_t row, float* out);
+  // out [n] += what lies beside the codes of a row, times x
+  void (*row_beside)(const Matrix&, const float* x, int64_t n, int64_t row, float* out);
   // codes [16][padded] of a tile
   void (*unpack)(const Matrix&, int64_t tile, uint8_t* codes);
-  // out [cols] of `type`: one row from its codes; `lane` names its parameters in the tile
+  // out [cols] of `type`: one row from its codes; `lane` names its parameters in the tile. Without what lies beside
   void (*decode)(const Matrix&, const uint8_t* codes, int64_t tile, int64_t lane, void* out, int type);
   // as tile_int8 and tile_fixed, of STREAMS tiles and one row of x: out [STREAMS][16]; or null
   void (*streams_int8)(const Matrix&, const Activations&, int64_t tile, float* out) = nullptr;
@@ -189,6 +199,27 @@ static inline float power_of_two(int exponent) { return from_bits(uint32_t(expon
 
 static inline int64_t block_of(int bits) { return bits & 1 ? 32 : 16; }
 
+static inline int64_t row_block_of(int bits) { return bits < 4 ? 64 : 32; }
+
+static inline int64_t row_bytes_of(int bits) { return row_block_of(bits) * bits / 8; }
+
+// The levels of a row's columns from `col` on. Columns that pad a row have those of its last group.
+static inline const uint16_t* book_of(const Matrix& w, int64_t row, int64_t col) {
+  const int64_t group = col / w.group;
+  return w.books + row * w.book_step + ((group < w.groups ? group : w.groups - 1) << w.bits);
+}
+
+static inline int64_t column_of(const Matrix& w, int64_t at) {
+  int16_t narrow;
+  int32_t wide;
+  if (w.column_bytes == 2) {
+    memcpy(&narrow, w.columns + 2 * at, 2);
+    return narrow;
+  }
+  memcpy(&wide, w.columns + 4 * at, 4);
+  return wide;
+}
+
 // The 64 codes (16 rows of 4 columns) of quad `quad` of a block.
 static inline void unpack_quad(const uint8_t* block, int bits, int quad, uint8_t* codes) {
   const int quads = bits & 1 ? 8 : 4;
@@ -207,8 +238,12 @@ static inline void unpack_quad(const uint8_t* block, int bits, int quad, uint8_t
 
 // A row's codes in the row form: `n` columns from the start of a row, n a multiple of the block.
 static inline void unpack_row(const uint8_t* row, int bits, int64_t n, uint8_t* codes) {
+  if (bits == 8) {
+    memcpy(codes, row, size_t(n));
+    return;
+  }
   const int width = bits == 4 ? 4 : 2, fields = 8 / width, mask = (1 << width) - 1;
-  const int64_t bytes = bits == 3 ? 24 : 16;
+  const int64_t bytes = row_bytes_of(bits);
   for (int64_t at = 0; at < n; at += 16 * fields, row += bytes)
     for (int64_t field = 0; field < fields; field++)
       for (int64_t i = 0; i < 16; i++) {
