@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ TOKENS = random_tokens(40)
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
-    save_mxfp4(folder, vocab_size=TOY_VOCAB)
+    save_mxfp4(folder, vocab_size=TOY_VOCAB, max_position_embeddings=512)
     save_toy_tokenizer("gpt2", folder)
     return folder
 
@@ -133,7 +134,20 @@ def test_conversions_are_exact(published: Path, expected: np.ndarray, tmp_path: 
 
 @pytest.mark.parametrize("verb", ["inspect", "plan", "memory"])
 def test_commands_read_headers(published: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--recipe", "mxfp4_moe"] if verb == "plan" else []
+    more = ["--recipe", "mxfp4_moe", "--no-time"] if verb == "plan" else []
     assert run([verb, str(published), *more]) == 0
     shown = capsys.readouterr().out
     assert {"inspect": "mxfp4", "plan": "biases stay in float", "memory": "GB"}[verb] in shown
+
+
+def test_a_file_made_and_measured_on_the_command_line(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, text = tmp_path / "a.gguf", tmp_path / "mine.txt"
+    text.write_text("A text of my own about nothing much. " * 200)
+    recipe = ["--recipe", "mxfp4_moe", "--preset", "fast", "--windows", "2", "--calib", str(text), "--no-verify"]
+    assert run(["quantize", str(published), *recipe, "-o", str(out)]) == 0
+    assert copied(GGUFFile(out), published) == STACKS
+    capsys.readouterr()
+    assert run(["eval", str(out), "--against", str(published), "--windows", "1", "--text", str(text), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kl_mean"] < 0.02
