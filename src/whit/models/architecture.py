@@ -332,10 +332,11 @@ class _Folder:
             yield from self._experts(name, shape, lambda W: change.to_gguf(W, dims, self._read))
 
     def _experts(self, name: str, shape: Shape, change: Callable[[Tensor], Tensor]) -> Iterator[Part]:
-        disk = self._disk[name]
+        def read(expert: int) -> Tensor:
+            return change(read_some(self._source, self._disk[name], expert, 1)).contiguous()  # [1, rows, cols]
+
         for expert in range(shape[0]):
-            read = partial(read_some, self._source, disk, expert, 1)  # [1, ...]
-            yield Part((1, *shape[1:]), lambda read=read: change(read()).contiguous())
+            yield Part((1, *shape[1:]), partial(read, expert))
 
     def _found(self, name: str, expected: Shape) -> bool:
         if name not in self._disk:
