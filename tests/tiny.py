@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -63,6 +66,7 @@ _LONGROPE = {
     "original_max_position_embeddings": 300,
 }
 _GEMMA = {**_WIDE, "num_hidden_layers": 4, "query_pre_attn_scalar": 32, "sliding_window": WINDOW}
+_OSS = {**_WIDE, "intermediate_size": 96, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": WINDOW}
 _OPT = {k: v for k, v in _BASE.items() if k not in ("intermediate_size", "num_key_value_heads")}
 
 _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
@@ -104,6 +108,7 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         hidden_act="gelu_new",
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     ),
+    "gpt_oss": lambda: GptOssConfig(**_OSS, rope_parameters={**_YARN, "truncate": True}),
     "opt": lambda: OPTConfig(**_OPT, ffn_dim=96),
 }
 
@@ -134,6 +139,28 @@ def save_tiny(name: str, folder: Path, seed: int = 0, **changes: Any) -> PreTrai
     model = tiny_model(name, seed, **changes)
     model.save_pretrained(folder)
     return model
+
+
+def save_mxfp4(folder: Path, seed: int = 0, **changes: Any) -> None:
+    """The tiny gpt_oss with experts in MXFP4 and everything else in bfloat16, as GPT-OSS is published."""
+    model = tiny_model("gpt_oss", seed, **changes).bfloat16()
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, W in model.state_dict().items():
+        if W.dim() < 3:
+            tensors[name] = W.clone()
+            continue
+        experts, cols, rows = W.shape
+        blocks = torch.randint(0, 256, (experts, rows, cols // 32, 16), generator=generator, dtype=torch.uint8)
+        blocks[0, 0, 0] = 0x88  # nothing but negative zeros
+        tensors[f"{name}_blocks"] = blocks
+        tensors[f"{name}_scales"] = torch.randint(121, 125, blocks.shape[:3], generator=generator, dtype=torch.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {**model.config.to_dict(), "architectures": ["GptOssForCausalLM"], "dtype": "bfloat16"}
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def random_tokens(n: int, seed: int = 0) -> list[int]:

@@ -170,7 +170,7 @@ _NAMES = {
     "max_context": ("max_position_embeddings", "n_positions", "max_seq_len"),
 }
 # Families that alternate by their class default: every n-th layer is full, the others slide.
-_FULL_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
+_FULL_EVERY = {"gemma2": 2, "gpt_oss": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

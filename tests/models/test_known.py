@@ -23,7 +23,7 @@ from whit.models.known_rope import llama3_factors
 from whit.models.model import Model
 
 # llama.cpp computes GELU from a table in half precision, everything else in float32.
-GELU = ("gemma", "gpt")
+GELU = ("gemma", "gpt2", "gpt_neox")
 TOLERANCE_F16, TOLERANCE_F32, TOLERANCE_GELU = 1e-2, 1e-5, 2e-3
 
 

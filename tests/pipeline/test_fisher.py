@@ -23,14 +23,14 @@ from whit.recipes.folders import folder_recipe
 
 def tiny(name: str, folder: Path) -> Model:
     save_tiny(name, folder, vocab_size=TOY_VOCAB)
-    save_toy_tokenizer("llama" if name == "mixtral" else name, folder)
+    save_toy_tokenizer({"mixtral": "llama", "gpt_oss": "gpt2"}.get(name, name), folder)
     return open_model(folder)
 
 
 WINDOWS = torch.randint(0, TOY_VOCAB, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "gpt_oss"])
 def test_it_is_the_mean_square_of_what_autograd_finds(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,10 @@ def test_every_layer_is_its_weight_rounded(name: str, kind: str, tmp_path: Path)
         with pytest.raises(RecipeError, match="nn.Linear alone, not Conv1D"):
             FolderJob(source, recipe(kind))
         return
+    if name == "gpt_oss":
+        with pytest.raises(RecipeError, match="all experts of a block in one tensor"):
+            FolderJob(source, recipe(kind))
+        return
     job = FolderJob(source, recipe(kind))
     result = job.write(tmp_path / "out")
     assert result.n_bytes == job.n_bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("model*"))

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from tiny import random_tokens, save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
+from whit.cli.app import run
 from whit.errors import BrokenFileError, OutputError
 from whit.models.open import open_model
 from whit.pipeline.effort import Calibration
@@ -30,6 +32,10 @@ def tell(done, total, what):
         os.kill(os.getpid(), signal.SIGKILL)
 write(Path(sys.argv[1]), Path(sys.argv[2]), tell=tell)
 """
+
+
+MIB = 1 << 20
+FILL = "filler"
 
 
 class Stop(BaseException):
@@ -176,3 +182,51 @@ def test_a_text_that_is_part_of_a_larger_tensor_is_taken(llama: Path, tmp_path: 
             open_model(llama), recipe("q4_0"), tmp_path / out, calibration=Calibration(text, effort=Effort(sweeps=1))
         )
     assert content(tmp_path / "part") == content(tmp_path / "own")
+
+
+def quantize(model: Path, out: Path) -> int:
+    """On the command line."""
+    settings = ["--recipe", "q4_0", "--preset", "fast", "--windows", "4", "--no-verify"]
+    return run(["quantize", str(model), "-o", str(out), *settings])
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], check=False).returncode:
+        pytest.skip("a file system can be mounted by root alone, and not everywhere")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def leave(place: Path, n_bytes: int) -> None:
+    """Fill a disk but for so many bytes."""
+    free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+    (place / FILL).write_bytes(bytes(free - n_bytes))
+
+
+def test_a_disk_that_fills_up_in_the_middle(
+    llama: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = "a.gguf"
+    assert quantize(llama, tmp_path / kind) == 0
+    n_bytes, blocks = (tmp_path / kind).stat().st_size, []
+    for more in range(MIB // 4, MIB, MIB // 8):  # until it fills up where some blocks are finished
+        leave(small, n_bytes + more)
+        capsys.readouterr()
+        assert quantize(llama, small / kind) == 2
+        shown = capsys.readouterr().err
+        assert "the disk is full" in shown or "are free on that disk" in shown
+        assert {each.name for each in small.iterdir()} <= {FILL, f".{kind}.quantizing"}
+        blocks = sorted(each.name for each in (small / f".{kind}.quantizing").glob("block-*"))
+        if blocks:
+            assert f"Finished blocks ({len(blocks)}) are kept" in shown
+            break
+        (small / FILL).unlink()
+    assert blocks
+    (small / FILL).unlink()
+    assert quantize(llama, small / kind) == 0
+    assert (small / kind).read_bytes() == (tmp_path / kind).read_bytes()
+    assert [each.name for each in small.iterdir()] == [kind]

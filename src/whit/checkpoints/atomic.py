@@ -110,15 +110,19 @@ def check_place(path: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if n_bytes > free:
         raise OutputError(
-            f"{path}: needs {n_bytes / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free on that disk. "
+            f"{path}: needs {_size(n_bytes)} but only {_size(free)} are free on that disk. "
             "Free some space or choose another disk."
         )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"
 
 
 def _explain(path: Path, n_bytes: int, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"{path}: the disk is full ({n_bytes / 1e9:.2f} GB are needed). Nothing half-written was left; "
+            f"{path}: the disk is full ({_size(n_bytes)} are needed). Nothing half-written was left; "
             "free some space or choose another disk."
         )
     return f"{path}: cannot be written ({error.strerror or error})."

@@ -36,6 +36,10 @@ class ShardedTensors:
         """The tensor as stored."""
         return self._home[name].read(name)
 
+    def read_some(self, name: str, start: int, n: int) -> Tensor:
+        """Entries `start` to `start + n` along the first dimension, as stored."""
+        return self._home[name].read_some(name, start, n)
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file. Raises BrokenFileError when it is missing, malformed or not an object."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from whit.checkpoints.schemes import Scheme, schemes
 from whit.checkpoints.source import TensorInfo, TensorSource
+from whit.checkpoints.stacked import METHOD, StackedTensors
 from whit.errors import BrokenFileError, RecipeError
 from whit.grids.quantized import QuantizedTensor
 
@@ -21,6 +22,16 @@ CONFIG = "quantization_config"
 WEIGHT = ".weight"
 Decode = Callable[[str, Mapping[str, Tensor]], Tensor | None]  # layer, its stored tensors -> [out, in] float32
 BROKEN = (ValueError, KeyError, IndexError, ZeroDivisionError, RuntimeError, RecipeError)
+
+
+def decoded(
+    source: TensorSource, config: Mapping[str, Any], turned: Callable[[str], bool] = lambda name: False
+) -> QuantizedTensors | StackedTensors:
+    """A folder's tensors as floats, from the content of quantization_config; `turned` as QuantizedTensors takes it.
+
+    Raises ModelError for a format that is not read.
+    """
+    return StackedTensors(source) if config.get("quant_method") == METHOD else QuantizedTensors(source, config, turned)
 
 
 class QuantizedTensors:

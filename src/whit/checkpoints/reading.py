@@ -30,17 +30,27 @@ class BoundedFile:
     def bytes_at(self, offset: int, n_bytes: int, what: str) -> bytes:
         """`n_bytes` from `offset`; `what` names them in the error."""
         self._check(offset, n_bytes, what)
-        self._file.seek(offset)
-        return self._file.read(n_bytes)
+        raw = bytearray(n_bytes)
+        self._fill(memoryview(raw), offset, what)
+        return bytes(raw)
 
     def tensor_at(self, offset: int, n_bytes: int, what: str) -> Tensor:
         """The same as a fresh uint8 tensor, without an intermediate copy."""
         self._check(offset, n_bytes, what)
         raw = torch.empty(n_bytes, dtype=torch.uint8)
-        self._file.seek(offset)
-        if n_bytes and self._file.readinto(raw.numpy().data) != n_bytes:
-            raise BrokenFileError(f"{self.path}: became shorter while {what} was read. Is it still being written?")
+        self._fill(raw.numpy().data, offset, what)
         return raw
+
+    def _fill(self, into: memoryview, offset: int, what: str) -> None:
+        try:
+            self._file.seek(offset)
+            n_bytes = self._file.readinto(into) if into.nbytes else 0
+        except OSError as error:  # not to be taken for one of the file that is being written
+            raise BrokenFileError(
+                f"{self.path}: {what} cannot be read ({error.strerror or error}). Check the disk, or get it anew."
+            ) from error
+        if n_bytes != into.nbytes:
+            raise BrokenFileError(f"{self.path}: became shorter while {what} was read. Is it still being written?")
 
     def _check(self, offset: int, n_bytes: int, what: str) -> None:
         if offset + n_bytes > self.size:

@@ -67,6 +67,13 @@ class SafetensorsFile:
         raw = self._file.tensor_at(entry.offset, entry.info.n_bytes, f"tensor {name}")
         return raw.view(DTYPES[entry.info.dtype]).view(entry.info.shape)
 
+    def read_some(self, name: str, start: int, n: int) -> Tensor:
+        """Entries `start` to `start + n` along the first dimension, as stored."""
+        info, offset = self._entries[name].info, self._entries[name].offset
+        each = info.n_bytes // max(1, info.shape[0])
+        raw = self._file.tensor_at(offset + start * each, n * each, f"part of tensor {name}")
+        return raw.view(DTYPES[info.dtype]).view(n, *info.shape[1:])
+
 
 def _read_header(file: BoundedFile) -> dict[str, _Entry]:
     length = int.from_bytes(file.bytes_at(0, 8, "the header length"), "little")

@@ -75,7 +75,8 @@ def schemes(config: Mapping[str, Any]) -> list[Scheme]:
             raise ModelError("quantization_config has no `grids`, without which its weights cannot be read.")
         return [_Native(config["grids"], mark) for mark in (native.CODES, native.BLOCKS)]
     raise ModelError(
-        f"Models quantized with {method!r} are not read. Known are gptq, awq, auto-round, compressed-tensors and whit."
+        f"Models quantized with {method!r} are not read. Known are gptq, awq, auto-round, compressed-tensors, "
+        "whit, and mxfp4 as GPT-OSS has it."
     )
 
 

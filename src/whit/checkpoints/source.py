@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -48,3 +48,19 @@ class TensorSource(Protocol):
         Raises KeyError for an unknown name and BrokenFileError when the file ends early.
         """
         ...
+
+
+@runtime_checkable
+class PartlyRead(Protocol):
+    """A source that reads some of a tensor without reading all of it."""
+
+    def read_some(self, name: str, start: int, n: int) -> Tensor:
+        """Entries `start` to `start + n` along the first dimension, otherwise as `read` gives them."""
+        ...
+
+
+def read_some(source: TensorSource, name: str, start: int, n: int) -> Tensor:
+    """Entries `start` to `start + n` of a tensor along its first dimension; no more is read where that is possible."""
+    if isinstance(source, PartlyRead):
+        return source.read_some(name, start, n)
+    return source.read(name)[start : start + n]

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from whit.checkpoints.folder import open_folder, read_config
 from whit.checkpoints.gguf import GGUFFile
-from whit.checkpoints.quantized import CONFIG, QuantizedTensors
+from whit.checkpoints.quantized import CONFIG, decoded
 from whit.checkpoints.safetensors import SafetensorsFile
 from whit.checkpoints.source import TensorInfo, TensorSource
 from whit.errors import ModelError
@@ -52,7 +52,7 @@ def _open(text: str) -> tuple[Mapping[str, Any], TensorSource, int]:
         config = read_config(path)
         if isinstance(config.get(CONFIG), dict):
             with suppress(ModelError):  # of a kind that is not read: the stored tensors are shown
-                return config, QuantizedTensors(tensors, config[CONFIG]), n_bytes
+                return config, decoded(tensors, config[CONFIG]), n_bytes
         return config, tensors, n_bytes
     if path.suffix == ".safetensors":
         return {}, SafetensorsFile(path), path.stat().st_size

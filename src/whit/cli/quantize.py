@@ -19,6 +19,7 @@ from torch import Tensor
 from whit.calibration.text import WINDOW
 from whit.checkpoints.atomic import check_folder, check_target, moved, whole_file
 from whit.checkpoints.imatrix import read_imatrix
+from whit.checkpoints.stacked import StackedTensors
 from whit.cli.budget import best_file, file_bytes, parse_size, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, longest, shared_out
 from whit.cli.keep import (
@@ -239,7 +240,7 @@ def _finish(
     if report:
         _write_report(report, result, calibration)
     requantized = sorted({kind for kind in _source_types(opened) if kind.lower() not in FLOAT_GRIDS})
-    if requantized:
+    if requantized and not isinstance(opened.tensors, StackedTensors):  # experts in MXFP4 are the original
         console.print(
             f"The source was already quantized ({', '.join(requantized)}): its damage is in this file too. "
             "Quantize the original if you have it."

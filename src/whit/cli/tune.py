@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from whit.checkpoints.atomic import check_folder, check_target, whole_file
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, MIXED, calibration_for, calibration_windows, shared_out
 from whit.cli.progress import progress_bar
+from whit.cli.ranks import DEVICE_HELP
+from whit.devices import device_named
 from whit.errors import RecipeError
 from whit.models.model import Model
 from whit.models.open import open_model
@@ -73,6 +76,7 @@ def command(
         bool, typer.Option("--checkpoints", help="Less memory, a third more time: blocks are run twice.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Train a quantized file further, and write the same format again.
@@ -87,7 +91,7 @@ def command(
     console = Console(highlight=False, markup=False)
     if qat is not None and teacher is not None:
         raise RecipeError("With --qat FILE itself is the teacher: leave --teacher out.")
-    alone = teacher is None and qat is None
+    place, alone = device_named(device), teacher is None and qat is None
     tuning = Tuning(
         train or (SCALES if alone else FULL),
         steps,
@@ -104,7 +108,7 @@ def command(
     if qat is not None:
         original = open_model(file)
         start = _start(original, qat, preset, out)
-        candidate = _quantized(original, qat, preset, start)
+        candidate = _quantized(original, qat, preset, start, place)
     else:
         original = None if teacher is None else open_model(teacher)
         start, candidate = None, open_model(file)
@@ -112,14 +116,14 @@ def command(
     (check_folder if candidate.gguf_tensors is None else check_target)(out, candidate.n_bytes, force)
     ids, source = calibration_windows(original or candidate, windows + HELD_OUT, data, fresh=True)
     held_out, trained = shared_out(ids)
-    more = _Resampled(original, trained, resampled, seed, out) if original is not None and resampled else None
+    more = _Resampled(original, trained, resampled, seed, out, place) if original is not None and resampled else None
     if more is not None:
         source += f", and {resampled * len(trained)} drawn anew in part"
         trained = torch.cat([trained, more.windows()])
     aim = "following the original" if original is not None else "predicting the text"
     console.print(f"Training on {len(trained)} windows, deciding on {len(held_out)}, {aim}: {source}.", soft_wrap=True)
     with progress_bar("training") as progress:
-        found = tune_file(candidate, out, trained, held_out, original, tuning, force, progress)
+        found = tune_file(candidate, out, trained, held_out, original, tuning, force, progress, place)
     for path in (start, None if more is None else more.path):
         if path is not None:
             _remove(path)
@@ -147,14 +151,15 @@ def _start(original: Model, recipe: str, preset: str, out: Path) -> Path:
     return out.with_name(f".{out.stem}.{kind}.start{out.suffix}")
 
 
-def _quantized(original: Model, recipe: str, preset: str, path: Path) -> Model:
+def _quantized(original: Model, recipe: str, preset: str, path: Path, device: torch.device) -> Model:
     """The file that training begins with. Raises RecipeError."""
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known: {', '.join(PRESETS)}.")
     chosen = folder_recipe(recipe, FLOORED) or recipe_named(recipe, FLOORED)
     if not path.exists():
         with progress_bar("quantizing") as progress:
-            write_model(original, chosen, path, False, progress, calibration_for(original, preset))
+            calibration = replace(calibration_for(original, preset), device=device)
+            write_model(original, chosen, path, False, progress, calibration)
     return open_model(str(path))
 
 
@@ -164,9 +169,9 @@ class _Resampled:
     path  where
     """
 
-    def __init__(self, original: Model, text: Tensor, times: int, seed: int, out: Path) -> None:
+    def __init__(self, original: Model, text: Tensor, times: int, seed: int, out: Path, device: torch.device) -> None:
         """text  [n, length] int64"""
-        self._original, self._text, self._times, self._seed = original, text, times, seed
+        self._original, self._text, self._times, self._seed, self._device = original, text, times, seed, device
         kind = hashlib.sha256(repr((original.label, original.n_bytes, times, seed)).encode())
         kind.update(text.contiguous().numpy().data)
         self.path = out.with_name(f".{out.stem}.{kind.hexdigest()[:8]}.text.safetensors")
@@ -177,7 +182,7 @@ class _Resampled:
 
         if not self.path.exists():
             with progress_bar("writing") as progress:
-                ids = resampled_windows(self._original, self._text, self._times, self._seed, progress)
+                ids = resampled_windows(self._original, self._text, self._times, self._seed, progress, self._device)
             with whole_file(self.path, ids.nbytes, True) as file:
                 save_file({"tokens": ids.contiguous()}, file.name)
         return load_file(self.path)["tokens"]

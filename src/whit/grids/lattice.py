@@ -150,9 +150,10 @@ class Lattice:
 
     def values(self, codes: Tensor) -> Tensor:
         """Signed points of codes [n] int32 -> [n, step] float32."""
-        points, mask = _points(self.name), (1 << self.bits) - 1
+        points, mask = _points(self.name).to(codes.device), (1 << self.bits) - 1
         indices = torch.stack([(codes >> (self.bits * part)) & mask for part in range(self.parts)], dim=1)
-        signs = (codes >> (self.bits * self.parts))[:, None] >> torch.arange(self.step, dtype=torch.int32)
+        bit = torch.arange(self.step, dtype=torch.int32, device=codes.device)
+        signs = (codes >> (self.bits * self.parts))[:, None] >> bit
         magnitudes = points.index_select(0, indices.reshape(-1)).view(-1, self.step)
         return magnitudes * (1 - 2 * (signs & 1)).float()
 
@@ -179,7 +180,7 @@ class Lattice:
             minus = minus.scatter(1, cheapest, minus.gather(1, cheapest) ^ odd)
         along = torch.where(minus, -x, x)
         coefficients = torch.cat([w.reshape(-1, self.width), (-2 * w * along).view(-1, self.width)], 1)
-        index = (coefficients @ _squares(self.name)).argmin(1).view(-1, self.parts)
+        index = (coefficients @ _squares(self.name).to(x.device)).argmin(1).view(-1, self.parts)
         return self._code(index, minus)
 
     def _nearest_under(self, x: Tensor, P: Tensor) -> Tensor:
@@ -215,10 +216,11 @@ class Lattice:
         return self._code(index, minus), cost
 
     def _code(self, index: Tensor, minus: Tensor) -> Tensor:
-        code = torch.zeros(index.shape[0], dtype=torch.int32)
+        code = torch.zeros(index.shape[0], dtype=torch.int32, device=index.device)
         for part in range(self.parts):
             code |= index[:, part].int() << (self.bits * part)
-        signs = (minus.int() << torch.arange(self.step, dtype=torch.int32)).sum(1, dtype=torch.int32)
+        bit = torch.arange(self.step, dtype=torch.int32, device=index.device)
+        signs = (minus.int() << bit).sum(1, dtype=torch.int32)
         return code | (signs << (self.bits * self.parts))
 
     def _ranged(self, x: Tensor) -> dict[str, Tensor]:

@@ -99,6 +99,8 @@ class _Codes:
     def there(self, parameter: str) -> bool:
         """Whether all of a parameter is quantized in the file."""
         homes = [name for parts in self.links.homes(parameter) for name in parts]
+        if any(self.links.stacked(name) for name in homes):  # experts in one tensor on disk: they are opened as floats
+            return False
         return bool(homes) and all(self._is_quantized(name) for name in homes)
 
     def of(self, parameter: str, expert: int) -> QuantizedTensor:

@@ -10,12 +10,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from whit.checkpoints.source import TensorInfo, TensorSource
+from whit.checkpoints.source import TensorInfo, TensorSource, read_some
 from whit.errors import BadWeightsError, BrokenFileError, ModelError, UnknownArchitectureError
 from whit.models.known import ARCHITECTURES, REFUSED
 from whit.models.known_changes import Dims, Shape, Sibling, Transposed
@@ -273,7 +274,9 @@ class _Folder:
         name, shape = weight.gguf.format(i=block), weight.gguf_shape(dims)
         fused = weight.fused.disk.format(i=block) if weight.fused else ""
         if weight.of_experts and fused in self._disk and weight.disk[0].format(i=block, e=0) not in self._disk:
-            parts = [self._fused_part(weight, fused, shape)]
+            parts = list(self._fused_parts(weight, fused, shape))
+        elif weight.stacked:
+            parts = list(self._stacked_parts(weight, block, shape, dims))
         else:
             parts = list(self._parts(weight, block, dims))
         return GGUFTensor(name, shape, tuple(parts), float_reason(name, shape))
@@ -315,13 +318,25 @@ class _Folder:
             return Part((1, *shape), lambda: read()[None])  # [1, rows, cols]
         return Part(shape, read)
 
-    def _fused_part(self, weight: Weight, name: str, shape: Shape) -> Part:
-        """All experts at once: reading them one by one would read the tensor once per expert."""
-        fused, rows = weight.fused, shape[1]
+    def _fused_parts(self, weight: Weight, name: str, shape: Shape) -> Iterator[Part]:
+        """Experts one by one, for all at once are large."""
+        fused, (n, rows, cols) = weight.fused, shape
         assert fused is not None  # the caller looked
-        self._found(name, (shape[0], fused.of * rows, shape[2]))
         start = fused.part * rows
-        return Part(shape, lambda: self._read(name)[:, start : start + rows].contiguous())
+        if self._found(name, (n, fused.of * rows, cols)):
+            yield from self._experts(name, shape, lambda W: W[:, start : start + rows])
+
+    def _stacked_parts(self, weight: Weight, block: int, shape: Shape, dims: Dims) -> Iterator[Part]:
+        name, change = weight.disk[0].format(i=block), weight.change
+        if self._found(name, change.disk_shape(shape, dims)):
+            yield from self._experts(name, shape, lambda W: change.to_gguf(W, dims, self._read))
+
+    def _experts(self, name: str, shape: Shape, change: Callable[[Tensor], Tensor]) -> Iterator[Part]:
+        def read(expert: int) -> Tensor:
+            return change(read_some(self._source, self._disk[name], expert, 1)).contiguous()  # [1, rows, cols]
+
+        for expert in range(shape[0]):
+            yield Part((1, *shape[1:]), partial(read, expert))
 
     def _found(self, name: str, expected: Shape) -> bool:
         if name not in self._disk:
@@ -357,7 +372,7 @@ class FromGGUF:
 
     def __init__(self, table: Architecture, stored: Stored, weights: Sequence[Weight], dims: Dims) -> None:
         self._source, self._dims, self.module_names = stored.tensors, dims, table.module_names
-        self._origins: dict[str, Origin] = {}
+        self._origins: dict[str, list[Origin]] = {}  # woven ones are found in several tensors
         self._last: tuple[str, Tensor] | None = None  # a stack of experts is decoded once, not once per expert
         there, used, missing = set(stored.tensors.names()), set[str](), list[str]()
         for weight, block in (pair for stage in _stages(weights, dims["layers"]) for pair in stage):
@@ -368,7 +383,8 @@ class FromGGUF:
                 continue
             _check_shape(name, self._source.info(name).shape, weight.gguf_shape(dims), "the metadata")
             if not weight.derived:
-                self._origins |= dict(self._pieces(weight, name, block))
+                for disk, origin in self._pieces(weight, name, block):
+                    self._origins.setdefault(disk, []).append(origin)
         if missing:
             raise BrokenFileError(f"{_some(missing)} missing from the GGUF file.")
         extra = sorted(there - used - {name for trait in table.traits for name in trait.names})
@@ -380,19 +396,24 @@ class FromGGUF:
         return list(self._origins)
 
     def origin(self, name: str) -> Origin:
-        """Where the tensor that is called `name` on disk is found. Raises KeyError for an unknown name."""
+        """Where the (first rows of the) tensor that is called `name` on disk are found. Raises KeyError."""
+        return self._origins[name][0]
+
+    def origins(self, name: str) -> Sequence[Origin]:
+        """As `origin`, all of them: several where its rows are those of several GGUF tensors in turn."""
         return self._origins[name]
 
     def info(self, name: str) -> TensorInfo:
         """Shape on disk; type and share of the bytes of the GGUF tensor."""
-        origin = self._origins[name]
-        info = self._source.info(origin.gguf)
-        share = math.prod(origin.shape) / math.prod(info.shape)
-        return TensorInfo(name, origin.shape, info.dtype, min(info.n_bytes, round(info.n_bytes * share)))
+        origins = self._origins[name]
+        infos = [self._source.info(each.gguf) for each in origins]
+        n_bytes, n_weights = sum(each.n_bytes for each in infos), sum(math.prod(each.shape) for each in infos)
+        share = min(1.0, math.prod(origins[0].shape) / n_weights)
+        return TensorInfo(name, origins[0].shape, infos[0].dtype, round(n_bytes * share))
 
     def read(self, name: str) -> Tensor:
         """The values as they are on disk."""
-        origin = self._origins[name]
+        origin = self.origin(name)
         W = self._stack(origin)[origin.start : origin.start + origin.n]
         W = W[0] if origin.weight.of_experts else W
         W = origin.weight.change.to_disk(W, self._dims, self._sibling(origin.block))

@@ -153,6 +153,36 @@ class SkipRows:
         return torch.cat([W.new_zeros(self.n, *W.shape[1:]), W])
 
 
+@dataclass(frozen=True)
+class Woven:
+    """GPT-OSS keeps all experts in one tensor, on their sides, and rows of several matrices in turn.
+
+        disk [experts, cols, n * rows], bias [experts, n * rows]     GGUF n times [experts, rows, cols], [experts, rows]
+
+    part     which of the matrices this one is
+    siblings templates in GGUF of all of them, in their order on disk
+    """
+
+    part: int
+    siblings: tuple[str, ...]
+
+    def disk_shape(self, shape: Shape, dims: Dims) -> Shape:
+        """All rows last."""
+        experts, rows, *cols = shape
+        return (experts, *cols, rows * len(self.siblings))
+
+    def to_gguf(self, W: Tensor, dims: Dims, sibling: Sibling) -> Tensor:
+        """Its own rows, of any number of experts."""
+        own = W[..., self.part :: len(self.siblings)]
+        return own.transpose(1, 2) if W.ndim == 3 else own
+
+    def to_disk(self, W: Tensor, dims: Dims, sibling: Sibling) -> Tensor:
+        """Woven with its siblings."""
+        parts = [W if n == self.part else sibling(name).to(W.dtype) for n, name in enumerate(self.siblings)]
+        woven = torch.stack(parts, dim=2).flatten(1, 2)  # [experts, rows * n, ...]
+        return woven.transpose(1, 2) if W.ndim == 3 else woven
+
+
 RELU_SCALE = 4096.0
 HALF_OF_FLOAT16 = 32768.0
 

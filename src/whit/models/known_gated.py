@@ -23,15 +23,18 @@ def _head_dim(facts: Facts) -> int:
     return int(facts["hidden_size"]) // max(1, int(facts["num_attention_heads"]))
 
 
-def _kv_heads(default: int | None) -> Key:
+def kv_heads(default: int | None) -> Key:
+    """Key and value heads; as many as query heads when nothing is said."""
     return Key("num_key_value_heads", default, "attention.head_count_kv", "kv_heads", if_none=_heads)
 
 
-def _free_head_dim(default: int | None) -> Key:
+def free_head_dim(default: int | None) -> Key:
+    """Width of a head, where it need not be hidden / heads."""
     return Key("head_dim", default, size="head_dim", if_none=_head_dim)
 
 
-def _rms(default: float) -> Key:
+def rms(default: float) -> Key:
+    """What is added to the mean square in norms."""
     return Key("rms_norm_eps", default, "attention.layer_norm_rms_epsilon", kind=float)
 
 
@@ -40,15 +43,18 @@ L = "model.layers.{i}"
 EMBEDDING = Weight("token_embd.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"))
 
 
-def _final_norm(change: Change) -> Weight:
+def final_norm(change: Change) -> Weight:
+    """The norm before the head."""
     return Weight("output_norm.weight", ("model.norm.weight",), ("hidden",), change)
 
 
-def _norm(gguf: str, disk: str, change: Change, size: str = "hidden") -> Weight:
+def block_norm(gguf: str, disk: str, change: Change, size: str = "hidden") -> Weight:
+    """A norm in every block."""
     return Weight(f"blk.{{i}}.{gguf}.weight", (f"{L}.{disk}.weight",), (size,), change)
 
 
-def _attention(q: Change, k: Change, kind: str = "weight", when: str = "", out: bool = True) -> tuple[Weight, ...]:
+def attention(q: Change, k: Change, kind: str = "weight", when: str = "", out: bool = True) -> tuple[Weight, ...]:
+    """Queries, keys, values and, with `out`, the output: weights or biases (kind)."""
     cols = ("hidden",) if kind == "weight" else ()
     qkv = (
         Weight(f"blk.{{i}}.attn_q.{kind}", (f"{L}.self_attn.q_proj.{kind}",), ("q", *cols), q, when),
@@ -90,12 +96,12 @@ def _experts(width: str, router: str, gate: str, up: str, down: str) -> tuple[We
 
 
 QK_NORMS = (
-    _norm("attn_q_norm", "self_attn.q_norm", Same(), "head_dim"),
-    _norm("attn_k_norm", "self_attn.k_norm", Same(), "head_dim"),
+    block_norm("attn_q_norm", "self_attn.q_norm", Same(), "head_dim"),
+    block_norm("attn_k_norm", "self_attn.k_norm", Same(), "head_dim"),
 )
 TWO_NORMS = (
-    _norm("attn_norm", "input_layernorm", Same()),
-    _norm("ffn_norm", "post_attention_layernorm", Same()),
+    block_norm("attn_norm", "input_layernorm", Same()),
+    block_norm("ffn_norm", "post_attention_layernorm", Same()),
 )
 ROTARY = (RotaryRows("heads"), RotaryRows("kv_heads"))
 BARE_MODEL = ((r"^(?=layers\.|embed_tokens\.|norm\.)", "model."),)  # saved without its head
@@ -105,7 +111,7 @@ LLAMA = Architecture(
     graph="llama",
     class_name="LlamaForCausalLM",
     tied=False,
-    keys=(*sizes(32000, 4096, 11008, 32, 32, 2048), _kv_heads(None), _free_head_dim(None), _rms(1e-6)),
+    keys=(*sizes(32000, 4096, 11008, 32, 32, 2048), kv_heads(None), free_head_dim(None), rms(1e-6)),
     traits=(
         HeadSize(),
         Rope((*PLAIN_SCALINGS, "llama3", "longrope")),
@@ -116,11 +122,11 @@ LLAMA = Architecture(
     weights=(
         EMBEDDING,
         *TWO_NORMS,
-        *_attention(*ROTARY),
-        *_attention(*ROTARY, kind="bias", when="attention_bias"),
+        *attention(*ROTARY),
+        *attention(*ROTARY, kind="bias", when="attention_bias"),
         *_gated(),
         *_gated("bias", when="mlp_bias"),
-        _final_norm(Same()),
+        final_norm(Same()),
         HEAD,
     ),
     renames=BARE_MODEL,
@@ -136,14 +142,14 @@ MISTRAL = replace(
     LLAMA,
     model_type="mistral",
     class_name="MistralForCausalLM",
-    keys=(*sizes(32000, 4096, 14336, 32, 32, 131072), _kv_heads(8), _free_head_dim(None), _rms(1e-6)),
+    keys=(*sizes(32000, 4096, 14336, 32, 32, 131072), kv_heads(8), free_head_dim(None), rms(1e-6)),
     traits=(
         HeadSize(),
         Rope((*PLAIN_SCALINGS, "llama3", "longrope")),
         ClampedWindow(4096),
         activation("hidden_act", "silu"),
     ),
-    weights=(EMBEDDING, *TWO_NORMS, *_attention(*ROTARY), *_gated(), _final_norm(Same()), HEAD),
+    weights=(EMBEDDING, *TWO_NORMS, *attention(*ROTARY), *_gated(), final_norm(Same()), HEAD),
     recognises=lambda stored: not _is_mixture(stored) and bool(stored.get("attention.sliding_window", 0)),
 )
 
@@ -158,9 +164,9 @@ MIXTRAL = replace(
     class_name="MixtralForCausalLM",
     keys=(
         *sizes(32000, 4096, 14336, 32, 32, 131072),
-        _kv_heads(8),
-        _free_head_dim(None),
-        _rms(1e-5),
+        kv_heads(8),
+        free_head_dim(None),
+        rms(1e-5),
         *EXPERT_KEYS,
     ),
     traits=(
@@ -172,13 +178,13 @@ MIXTRAL = replace(
     weights=(
         EMBEDDING,
         *TWO_NORMS,
-        *_attention(*ROTARY),
+        *attention(*ROTARY),
         *_experts(
             "ff",
             "block_sparse_moe.gate",
             *(f"block_sparse_moe.experts.{{e}}.{name}" for name in ("w1", "w3", "w2")),
         ),
-        _final_norm(Same()),
+        final_norm(Same()),
         HEAD,
     ),
     renames=(*BARE_MODEL, (r"\.mlp\.gate\.", ".block_sparse_moe.gate.")),
@@ -191,15 +197,15 @@ QWEN2 = Architecture(
     graph="qwen2",
     class_name="Qwen2ForCausalLM",
     tied=False,
-    keys=(*sizes(151936, 4096, 22016, 32, 32, 32768), _kv_heads(32), _rms(1e-6)),
+    keys=(*sizes(151936, 4096, 22016, 32, 32, 32768), kv_heads(32), rms(1e-6)),
     traits=(Rope(PLAIN_SCALINGS), ClampedWindow(4096, switched=True), activation("hidden_act", "silu")),
     weights=(
         EMBEDDING,
         *TWO_NORMS,
-        *_attention(Same(), Same()),
-        *_attention(Same(), Same(), kind="bias", out=False),
+        *attention(Same(), Same()),
+        *attention(Same(), Same(), kind="bias", out=False),
         *_gated(),
-        _final_norm(Same()),
+        final_norm(Same()),
         HEAD,
     ),
     renames=BARE_MODEL,
@@ -213,9 +219,9 @@ QWEN3 = replace(
     model_type="qwen3",
     graph="qwen3",
     class_name="Qwen3ForCausalLM",
-    keys=(*QWEN2.keys, _free_head_dim(128)),
+    keys=(*QWEN2.keys, free_head_dim(128)),
     traits=(HeadSize(), *QWEN2.traits, NO_BIAS),
-    weights=(EMBEDDING, *TWO_NORMS, *_attention(Same(), Same()), *QK_NORMS, *_gated(), _final_norm(Same()), HEAD),
+    weights=(EMBEDDING, *TWO_NORMS, *attention(Same(), Same()), *QK_NORMS, *_gated(), final_norm(Same()), HEAD),
 )
 
 QWEN3_MOE = replace(
@@ -225,9 +231,9 @@ QWEN3_MOE = replace(
     class_name="Qwen3MoeForCausalLM",
     keys=(
         *sizes(151936, 2048, 6144, 24, 32, 32768),
-        _kv_heads(4),
-        _free_head_dim(None),
-        _rms(1e-6),
+        kv_heads(4),
+        free_head_dim(None),
+        rms(1e-6),
         Key("moe_intermediate_size", 768, "expert_feed_forward_length", "expert_ff"),
         Key("num_experts", 128, "expert_count", "experts", aliases=("num_local_experts",)),
         Key("num_experts_per_tok", 8, "expert_used_count", "experts_used"),
@@ -241,23 +247,23 @@ QWEN3_MOE = replace(
     weights=(
         EMBEDDING,
         *TWO_NORMS,
-        *_attention(Same(), Same()),
+        *attention(Same(), Same()),
         *QK_NORMS,
         *_experts(
             "expert_ff",
             "mlp.gate",
             *(f"mlp.experts.{{e}}.{name}_proj" for name in ("gate", "up", "down")),
         ),
-        _final_norm(Same()),
+        final_norm(Same()),
         HEAD,
     ),
 )
 
 GEMMA_NORMS = (
-    _norm("attn_norm", "input_layernorm", PlusOne()),
-    _norm("post_attention_norm", "post_attention_layernorm", PlusOne()),
-    _norm("ffn_norm", "pre_feedforward_layernorm", PlusOne()),
-    _norm("post_ffw_norm", "post_feedforward_layernorm", PlusOne()),
+    block_norm("attn_norm", "input_layernorm", PlusOne()),
+    block_norm("post_attention_norm", "post_attention_layernorm", PlusOne()),
+    block_norm("ffn_norm", "pre_feedforward_layernorm", PlusOne()),
+    block_norm("post_ffw_norm", "post_feedforward_layernorm", PlusOne()),
 )
 GEMMA_TRAITS: tuple[Trait, ...] = (
     HeadSize(),
@@ -273,14 +279,14 @@ GEMMA2 = Architecture(
     tied=True,
     keys=(
         *sizes(256000, 2304, 9216, 26, 8, 8192),
-        _kv_heads(4),
-        _free_head_dim(256),
-        _rms(1e-6),
+        kv_heads(4),
+        free_head_dim(256),
+        rms(1e-6),
         Key("attn_logit_softcapping", 50.0, "attn_logit_softcapping", kind=float),
         Key("final_logit_softcapping", 30.0, "final_logit_softcapping", kind=float),
     ),
     traits=(*GEMMA_TRAITS, Rope(("linear",)), WindowPattern(2), QueryScale(layers_of_27b=46)),
-    weights=(EMBEDDING, *GEMMA_NORMS, *_attention(Same(), Same()), *_gated(), _final_norm(PlusOne()), HEAD),
+    weights=(EMBEDDING, *GEMMA_NORMS, *attention(Same(), Same()), *_gated(), final_norm(PlusOne()), HEAD),
     head="never",
     renames=BARE_MODEL,
     ignored=MASKS,
@@ -293,9 +299,9 @@ GEMMA3 = replace(
     class_name="Gemma3ForCausalLM",
     keys=(
         *sizes(262208, 2304, 9216, 26, 8, 131072),
-        _kv_heads(4),
-        _free_head_dim(256),
-        _rms(1e-6),
+        kv_heads(4),
+        free_head_dim(256),
+        rms(1e-6),
         Key("final_logit_softcapping", None, "final_logit_softcapping", kind=float, optional=True),
     ),
     traits=(
@@ -308,10 +314,10 @@ GEMMA3 = replace(
     weights=(
         EMBEDDING,
         *GEMMA_NORMS,
-        *_attention(Same(), Same()),
+        *attention(Same(), Same()),
         *(replace(norm, change=PlusOne()) for norm in QK_NORMS),
         *_gated(),
-        _final_norm(PlusOne()),
+        final_norm(PlusOne()),
         HEAD,
     ),
     head="optional",
@@ -322,7 +328,7 @@ PHI3 = Architecture(
     graph="phi3",
     class_name="Phi3ForCausalLM",
     tied=False,
-    keys=(*sizes(32064, 3072, 8192, 32, 32, 4096), _kv_heads(None), _rms(1e-5)),
+    keys=(*sizes(32064, 3072, 8192, 32, 32, 4096), kv_heads(None), rms(1e-5)),
     traits=(Rope(("longrope",), partial=1.0, original=4096), ClampedWindow(), activation("hidden_act", "silu")),
     weights=(
         EMBEDDING,
@@ -331,7 +337,7 @@ PHI3 = Architecture(
         Weight("blk.{i}.attn_output.weight", (f"{L}.self_attn.o_proj.weight",), ("hidden", "q")),
         Weight("blk.{i}.ffn_up.weight", (f"{L}.mlp.gate_up_proj.weight",), ("ff+ff", "hidden")),
         Weight("blk.{i}.ffn_down.weight", (f"{L}.mlp.down_proj.weight",), ("hidden", "ff")),
-        _final_norm(Same()),
+        final_norm(Same()),
         HEAD,
     ),
     renames=BARE_MODEL,

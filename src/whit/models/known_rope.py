@@ -18,6 +18,7 @@ from whit.models.known_changes import Dims
 from whit.models.known_table import Extra, Facts, Stored, Trait
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+TRUNCATE = "whit.yarn_truncate"  # where it is unusual
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Rope(Trait):
     partial      class default of the share of a head that rotates, None where all must
     partial_name its old name
     original     class default of a top-level `original_max_position_embeddings`, None where there is none
+    unsaid       class default of everything, None where it is no scaling
+    truncate     class default of yarn's `truncate`: whether the ends of its ramp are whole numbers. llama.cpp knows no
+                 other, so that where this is False it computes slightly different angles (docs/formats.md)
     """
 
     kinds: tuple[str, ...]
@@ -38,6 +42,8 @@ class Rope(Trait):
     partial: float | None = None
     partial_name: str = "partial_rotary_factor"
     original: int | None = None
+    unsaid: Mapping[str, Any] | None = None
+    truncate: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,7 +69,7 @@ class Rope(Trait):
         if kind == "linear":
             return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": _needed(rope, "factor")}
         if kind == "yarn":
-            return keys | _yarn_keys(rope, facts)
+            return keys | _yarn_keys(rope, facts, self.truncate)
         if kind == "longrope" and not self._is_one_set(rope, facts):
             return keys | {
                 "rope.scaling.type": "longrope",
@@ -109,6 +115,8 @@ class Rope(Trait):
             scale = float(stored.get("rope.scaling.attn_factor", 1.0)) * _yarn_attention(factor)
             rope |= {"rope_type": "yarn", "factor": float(factor), "attention_factor": scale}
             rope["original_max_position_embeddings"] = original
+            if not self.truncate:
+                rope["truncate"] = bool(stored.get(TRUNCATE, False))
         elif kind in (None, "linear") and factor and factor != 1:
             rope |= {"rope_type": "linear", "factor": float(factor)}
         return {"rope_parameters": rope} | (
@@ -121,7 +129,7 @@ class Rope(Trait):
         return same and "llama3" in self.kinds and _longrope_attention(rope, facts) == 1.0
 
     def _parameters(self, facts: Facts) -> dict[str, Any]:
-        rope = dict(facts.get("rope_scaling") or facts.get("rope_parameters") or {})
+        rope = dict(facts.get("rope_scaling") or facts.get("rope_parameters") or self.unsaid or {})
         rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         if rope["rope_type"] == "su":  # the first name of longrope
             rope["rope_type"] = "longrope"
@@ -223,23 +231,27 @@ def _yarn_attention(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _yarn_keys(rope: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+def _yarn_keys(rope: Mapping[str, Any], facts: Facts, usual: bool) -> dict[str, Any]:
+    """usual: what `truncate` is in this architecture. False is accepted only where it is."""
     original = _original(rope, facts)
     factor = rope.get("factor") or facts["max_position_embeddings"] / original
     fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-    if (fast, slow) != (32, 1) or not rope.get("truncate", True):
+    truncate = rope.get("truncate", True)
+    if (fast, slow) != (32, 1) or not (truncate or not usual):
         raise ModelError(
-            f"config.json: yarn with beta_fast {fast}, beta_slow {slow}, truncate {rope.get('truncate', True)}; "
+            f"config.json: yarn with beta_fast {fast}, beta_slow {slow}, truncate {truncate}; "
             "llama.cpp has 32, 1 and true in this graph."
         )
     attention = rope.get("attention_factor")
     if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         attention = _yarn_attention(factor, rope["mscale"]) / _yarn_attention(factor, rope["mscale_all_dim"])
-    keys = {
+    keys: dict[str, Any] = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(factor),
         "rope.scaling.original_context_length": int(original),
     }
+    if truncate and not usual:
+        keys[TRUNCATE] = True
     extra = 1.0 if attention is None else attention / _yarn_attention(factor)  # llama.cpp has the usual one built in
     return keys if abs(extra - 1) < 1e-6 else keys | {"rope.scaling.attn_factor": float(extra)}
 

@@ -14,7 +14,14 @@ HEAD = Weight("output.weight", ("lm_head.weight",), ("vocab", "hidden"))
 
 
 def sizes(
-    vocab: int, hidden: int, ff: int, layers: int, heads: int, context: int, ff_name: str = "intermediate_size"
+    vocab: int,
+    hidden: int,
+    ff: int,
+    layers: int,
+    heads: int,
+    context: int,
+    ff_name: str = "intermediate_size",
+    ff_key: str = "feed_forward_length",
 ) -> tuple[Key, ...]:
     """The six sizes of every model, given transformers' class defaults."""
     return (
@@ -22,7 +29,7 @@ def sizes(
         Key("max_position_embeddings", context, "context_length", "context"),
         Key("hidden_size", hidden, "embedding_length", "hidden"),
         Key("num_hidden_layers", layers, "block_count", "layers"),
-        Key(ff_name, ff, "feed_forward_length", "ff"),
+        Key(ff_name, ff, ff_key, "ff"),
         Key("num_attention_heads", heads, "attention.head_count", "heads"),
     )
 

@@ -27,6 +27,7 @@ NEVER_QUANTIZED = (
     (r"(^|\.)position_embd\.", "position embeddings stay in float"),
     (r"(^|\.)token_types\.", "token type embeddings stay in float"),
     (r"\.ffn_gate_inp(_shexp)?\.", "router gates stay in float"),
+    (r"_exps\.bias$", "biases stay in float"),
     (r"\.ssm_conv1d\.|\.(time_mix_(first|w1|w2|lerp)|attn_rel_b)", "small recurrent weights stay in float"),
 )
 
@@ -100,8 +101,13 @@ class Weight:
 
     @property
     def of_experts(self) -> bool:
-        """Whether it stacks one matrix per expert."""
+        """Whether it stacks what is one tensor per expert on disk."""
         return "{e}" in self.disk[0]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all experts are in one tensor on disk, too."""
+        return len(self.shape) == 3 and not self.of_experts
 
     def gguf_shape(self, dims: Dims) -> Shape:
         """Shape in GGUF, outermost first."""

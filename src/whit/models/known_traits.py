@@ -63,6 +63,18 @@ class Always(Trait):
 
 
 @dataclass(frozen=True)
+class Also(Trait):
+    """A size under one more GGUF key, as llama.cpp's own converter writes it."""
+
+    key: str
+    size: str
+
+    def metadata(self, facts: Facts, dims: Dims) -> dict[str, Any]:
+        """The key."""
+        return {self.key: dims[self.size]}
+
+
+@dataclass(frozen=True)
 class Flag(Trait):
     """A yes or no in config.json that a GGUF file shows by having a tensor."""
 

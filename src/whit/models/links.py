@@ -61,7 +61,9 @@ class Links:
                 self._stacked[parameter][origin.start, fused.part] = name
             else:
                 self._direct[parameter] = name
-            self._slots[origin.gguf].append((parameter, origin.start if fused else None))
+            for each in self._disk.origins(name):
+                stack = range(each.n) if each.weight.stacked else [each.start if fused else None]
+                self._slots[each.gguf] += [(parameter, expert) for expert in stack]
 
     def slots(self, gguf: str) -> list[Slot]:
         """The parameters that a GGUF tensor is made of; for experts one slot each, in order."""
@@ -108,8 +110,16 @@ class Links:
         """The shape of a weight in a transformers folder."""
         return self._disk.origin(name).shape
 
+    def sources(self, name: str) -> list[str]:
+        """The GGUF tensors that a weight in a folder is in: several for matrices whose rows come in turn."""
+        return [origin.gguf for origin in self._disk.origins(name)]
+
+    def stacked(self, name: str) -> bool:
+        """Whether a weight in a folder holds the matrices of all experts."""
+        return self._disk.origin(name).weight.stacked
+
     def source(self, name: str) -> tuple[str, int]:
-        """The GGUF tensor that a weight in a folder is in, and which matrix of it: an expert, else 0."""
+        """The (first) GGUF tensor that a weight in a folder is in, and which matrix of it: an expert, else 0."""
         origin = self._disk.origin(name)
         return origin.gguf, origin.start if origin.weight.of_experts else 0
 
@@ -147,6 +157,11 @@ class Links:
     def replace(self, gguf: str, W: Tensor) -> None:
         """From now on the GGUF tensor `gguf` has these values, float32, in its shape."""
         self._overlay.replaced[gguf] = W
+        self._disk.forget()
+
+    def release(self, gguf: str) -> None:
+        """Forget the replacement of one tensor."""
+        self._overlay.replaced.pop(gguf, None)
         self._disk.forget()
 
     def restore(self) -> None:

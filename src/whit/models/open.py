@@ -9,7 +9,7 @@ from typing import Any
 from whit.checkpoints.folder import open_folder, read_config
 from whit.checkpoints.gguf import GGUFFile
 from whit.checkpoints.hub import beside, download, headers, looks_like_hub_id
-from whit.checkpoints.quantized import CONFIG, QuantizedTensors
+from whit.checkpoints.quantized import CONFIG, decoded
 from whit.checkpoints.source import TensorSource
 from whit.errors import ModelError
 from whit.models.architecture import from_gguf, turned_names
@@ -68,8 +68,8 @@ def _model(
     if not isinstance(quantization, dict):
         raise ModelError(f"{label}: quantization_config in config.json is not an object.")
     config = {key: value for key, value in config.items() if key != CONFIG}
-    decoded = QuantizedTensors(tensors, quantization, turned_names(config))
-    return Model(label, config, decoded, n_bytes, tokenizer_dir=folder, quantization=quantization)
+    floats = decoded(tensors, quantization, turned_names(config))
+    return Model(label, config, floats, n_bytes, tokenizer_dir=folder, quantization=quantization)
 
 
 def _open_file(label: str, path: Path) -> Model:

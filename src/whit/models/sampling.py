@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from whit.allocator import return_memory
 from whit.calibration.text import TOGETHER
+from whit.devices import CPU
 from whit.models.model import Model
 from whit.models.skeleton import load_module, quiet
 
@@ -38,22 +39,28 @@ def sampled_windows(
 
 
 def resampled_windows(
-    model: Model, text: Tensor, times: int, seed: int = 0, progress: Progress | None = None
+    model: Model,
+    text: Tensor,
+    times: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> Tensor:
     """Windows [times * n, length] int64: a text in which a quarter of the tokens are drawn anew, other ones each time.
 
     text   [n, length] int64
     times  how often each window is taken
+    device  where the model runs; tokens are drawn on the CPU
     A token is drawn from what the model predicts after the tokens of the text itself, so that one pass of the model
     does for all of a window's copies. They stay close to the text, unlike what a small model writes on its own.
     """
     tell = progress or (lambda done, total, what: None)
-    module, random = load_module(model, torch.bfloat16), torch.Generator().manual_seed(seed)
+    module, random = load_module(model, torch.bfloat16).to(device), torch.Generator().manual_seed(seed)
     copies: list[list[Tensor]] = [[] for _ in range(times)]
     with torch.inference_mode():
         for done, window in enumerate(text):
             tell(done, len(text), "text from the model")
-            logits = cast(Any, module)(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+            logits = cast(Any, module)(input_ids=window[None].to(device), use_cache=False).logits[0, :-1].float().cpu()
             for copy in copies:
                 anew = torch.rand(len(window) - 1, generator=random) < SHARE
                 drawn = torch.where(anew, _drawn(logits, random)[:, 0], window[1:])

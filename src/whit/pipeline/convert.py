@@ -97,6 +97,10 @@ def same_recipe(model: Model, stored: Stored) -> Recipe:
         rules.append(Rule(name, grid))
     method = str(model.quantization.get("quant_method"))
     layout = folders.GPTQ if method == "auto-round" else method
+    if layout not in FOLDERS:
+        raise RecipeError(
+            f"Folders of {method} are read, not written. Make a GGUF file of it first: whit convert --format gguf."
+        )
     return Recipe("same", tuple(rules), summary="as it was", layout=layout)
 
 
@@ -109,7 +113,8 @@ class _Conversion:
         self._links = Links(self._view)
         self._homes: dict[str, list[str]] = {}
         for name in self._links.disk_names():
-            self._homes.setdefault(self._links.source(name)[0], []).append(name)
+            for gguf in self._links.sources(name):
+                self._homes.setdefault(gguf, []).append(name)
         self._losses: list[Loss] = []
         self._floats: list[Loss] = []
         self._exact = 0
@@ -222,6 +227,9 @@ class _Conversion:
         self._tell(2 * n, 2 * n, "done")
 
     def _pieces(self, step: Step) -> Iterator[Piece]:
+        if step.stored is not None:
+            yield from plain_pieces(step)
+            return
         matrices = None if isinstance(step.grid, Float) else self._stored.matrices(step.tensor.name)
         if matrices is None:
             yield from plain_pieces(replace(step, rounding="nearest"))

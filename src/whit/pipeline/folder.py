@@ -68,8 +68,10 @@ class FolderJob:
         self._fixed = recipe.activations in FIXED
         self._homes: dict[str, list[str]] = {}  # GGUF tensor -> weights in the folder
         for name in self._links.disk_names():
-            self._homes.setdefault(self._links.source(name)[0], []).append(name)
-        self.plan = FolderPlanner(self._view, self._form, recipe, self.dtype, self._lies).plan()
+            for gguf in self._links.sources(name):
+                self._homes.setdefault(gguf, []).append(name)
+        self._held: set[str] = set()  # GGUF tensors that share a weight of the folder with some that are to come
+        self.plan = FolderPlanner(self._view, self._form, recipe, self.dtype, self._lies, self._stacked).plan()
         self._steps = {step.tensor.name: step for step in self.plan.steps}
         self._zero_points = any(has_zero_points(step.grid) for step in self.plan.steps)
         specs: dict[str, Spec] = {}
@@ -130,6 +132,10 @@ class FolderJob:
         """Whether a matrix lies on its side in the folder, as transformers' Conv1D has it."""
         return any(self._links.lies(name) for name in self._homes.get(gguf, ()))
 
+    def _stacked(self, gguf: str) -> bool:
+        """Whether the folder has the matrices of all experts in one tensor."""
+        return any(self._links.stacked(name) for name in self._homes.get(gguf, ()))
+
     def _specs(self, name: str) -> dict[str, Spec]:
         """What a weight of the folder is stored as."""
         step, shape = self._steps[self._links.source(name)[0]], self._links.disk_shape(name)
@@ -165,12 +171,18 @@ class FolderJob:
 
     def _write_floats(self, step: Step, W: Tensor) -> None:
         self._links.replace(step.tensor.name, W.view(step.tensor.shape))
-        for name in self._homes.get(step.tensor.name, ()):
+        self._held.add(step.tensor.name)
+        homes = self._homes.get(step.tensor.name, ())
+        if not all(self._held.issuperset(self._links.sources(name)) for name in homes):
+            return
+        for name in homes:
             values = self._links.disk_read(name).to(self.dtype)
             if not torch.isfinite(values).all():
                 raise BadWeightsError(f"{name}: a value does not fit {FLOATS[self.dtype]}.")
             self._shards.write(name, values)
-        self._links.restore()
+        for gguf in {step.tensor.name, *(each for name in homes for each in self._links.sources(name))}:
+            self._links.release(gguf)
+            self._held.discard(gguf)
 
     def _beside(self, folder: Path) -> None:
         """config.json, tokenizer, generation settings."""

@@ -30,12 +30,29 @@ FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 class FolderPlanner:
     """Decides for one model and one kind of folder."""
 
-    def __init__(self, view: GGUFView, form: Format, recipe: Recipe, dtype: torch.dtype, lies: Callable[[str], bool]):
-        """dtype  of floats and, where the layout allows it, of scales; lies  whether a matrix is a Conv1D's"""
-        self._view, self._form, self._recipe, self._dtype, self._lies = view, form, recipe, dtype, lies
+    def __init__(
+        self,
+        view: GGUFView,
+        form: Format,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        lies: Callable[[str], bool],
+        stacked: Callable[[str], bool],
+    ):
+        """For one model.
+
+        dtype    of floats and, where the layout allows it, of scales
+        lies     whether a matrix is a Conv1D's
+        stacked  whether the folder has the matrices of all experts in one tensor
+        """
+        self._view, self._form, self._recipe, self._dtype = view, form, recipe, dtype
+        self._lies, self._stacked = lies, stacked
 
     def plan(self) -> Plan:
-        """All tensors. Raises RecipeError when nothing can be quantized as the recipe says."""
+        """All tensors.
+
+        Raises RecipeError when nothing can be quantized as the recipe says, and for experts in one tensor.
+        """
         tied = not any(tensor.name == "output.weight" for tensor in self._view.tensors)
         rules = {}
         for tensor in self._view.tensors:
@@ -67,6 +84,13 @@ class FolderPlanner:
             return self._float(tensor, "")
         if tensor.keep_float:
             return self._float(tensor, tensor.reason)
+        if self._stacked(tensor.name):
+            raise RecipeError(
+                f"{tensor.name}: this architecture has all experts of a block in one tensor, for which folders of "
+                f"{self._recipe.layout} have no place. Write a GGUF file, where --recipe mxfp4_moe takes experts that "
+                "are MXFP4 already as they are; or keep the experts in float: --keep '*_exps.weight=f16' (whit "
+                "quantize), --format bf16 (whit convert)."
+            )
         if self._form.linear and self._lies(tensor.name):
             return self._float(tensor, "this format quantizes nn.Linear alone, not Conv1D")
         fitted, reason = self._fitted(tensor, grid, ":" in rule.grid)

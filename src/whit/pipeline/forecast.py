@@ -56,7 +56,8 @@ def rounding_bytes(model: Model, plan: Plan, windows: float) -> float:
     if not needs_text(plan):
         decoded = bool(model.gguf_metadata or model.quantization)
         largest = max(math.prod(part.shape) for step in plan.steps for part in step.tensor.parts)
-        return PLAIN + (8 if decoded else 4) * largest
+        copied = max((step.n_bytes for step in plan.steps if step.stored is not None), default=0)  # all at once
+        return PLAIN + max((8 if decoded else 4) * largest, copied)
     blocks: dict[str, list[tuple[int, ...]]] = {}
     outer = 0
     for step in plan.steps:

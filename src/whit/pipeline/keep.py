@@ -154,8 +154,8 @@ def _homes(view: GGUFView) -> dict[str, tuple[list[str], list[str]]]:
         return {}
     found: dict[str, tuple[list[str], list[str]]] = {}
     for disk in links.disk_names():
-        name, _ = links.source(disk)
-        found.setdefault(name, ([], [parameter for parameter, _ in links.slots(name)]))[0].append(disk)
+        for name in links.sources(disk):
+            found.setdefault(name, ([], [parameter for parameter, _ in links.slots(name)]))[0].append(disk)
     return found
 
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from whit.checkpoints.atomic import check_target, whole_file
 from whit.checkpoints.gguf import Announced, GGUFWriter
 from whit.checkpoints.imatrix import ImportanceMatrix
+from whit.checkpoints.stacked import METHOD, StackedTensors
 from whit.errors import ModelError
 from whit.grids.quantized import QuantizedTensor
 from whit.layouts.ggml import GGML_TYPES
 from whit.models.architecture import GGUFView, gguf_view, passthrough_view
+from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.vocabulary import gguf_vocabulary
 from whit.pipeline.effort import Calibration, TensorLoss
@@ -107,14 +109,30 @@ def write_gguf(
 
 def plan_gguf(model: Model, recipe: Recipe) -> Plan:
     """What `write_gguf` would do, from headers alone."""
-    source = model.gguf_tensors
+    source, view = model.gguf_tensors, model_view(model)
+    if isinstance(model.tensors, StackedTensors):
+        return make_plan(view, recipe, _stacks(view, model.tensors))
 
     def stored(name: str, kind: str) -> Callable[[], Tensor] | None:
         if source is None or source.info(name).dtype != kind:
             return None
         return lambda: source.raw(name)
 
-    return make_plan(model_view(model), recipe, stored)
+    return make_plan(view, recipe, stored)
+
+
+def _stacks(view: GGUFView, source: StackedTensors) -> Callable[[str, str], Callable[[], Tensor] | None]:
+    """Readers of experts that the source has in GGML's MXFP4 but for the order of their weights."""
+    links = Links(view)
+    homes = {gguf: name for name in links.disk_names() if source.is_quantized(name) for gguf in links.sources(name)}
+
+    def stored(name: str, kind: str) -> Callable[[], Tensor] | None:
+        if name not in homes or kind.lower() != METHOD:
+            return None
+        ways = links.sources(homes[name])
+        return lambda: source.ggml(homes[name], ways.index(name), len(ways))
+
+    return stored
 
 
 def gather_importance(model: Model, windows: Tensor, source: str, progress: Progress | None = None) -> ImportanceMatrix:

@@ -148,7 +148,11 @@ class State:
         try:
             return taken_checked(self.path / name, take)
         except BrokenFileError as error:
-            raise BrokenFileError(f"{error} Delete the folder {self.path} to begin anew.") from error
+            raise _DamagedState(f"{error} Delete the folder {self.path} to begin anew.") from error
+
+
+class _DamagedState(BrokenFileError):
+    """What was kept is of no use."""
 
 
 class _Named(Mapping[str, Tensor]):
@@ -184,8 +188,10 @@ def state_beside(
     state = State(out, fingerprint(model, steps, calibration, activations))
     try:
         yield state
-    except OutputError as error:
-        raise OutputError(
+    except _DamagedState:
+        raise
+    except (OutputError, BrokenFileError) as error:  # nowhere to write to, or a source that can be read no more
+        raise type(error)(
             f"{error} Finished blocks ({state.n_blocks}) are kept in {state.path}: the same command goes on there."
         ) from error
     shutil.rmtree(state.path)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from whit.checkpoints.gguf import GGUFFile
 from whit.checkpoints.quantized import QuantizedTensors
+from whit.checkpoints.stacked import StackedTensors
 from whit.errors import RecipeError
 from whit.grids.codebook import Codebook
 from whit.grids.quantized import QuantizedTensor
@@ -78,7 +79,8 @@ class _Folder:
         self._tensors = {tensor.name: tensor for tensor in view.tensors}
         self._homes: dict[str, list[str]] = {}
         for name in self._links.disk_names():
-            self._homes.setdefault(self._links.source(name)[0], []).append(name)
+            for gguf in self._links.sources(name):
+                self._homes.setdefault(gguf, []).append(name)
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
@@ -88,6 +90,10 @@ class _Folder:
 
     def matrices(self, name: str) -> list[QuantizedTensor] | None:
         source, homes = self._source, self._homes.get(name, [])
+        if isinstance(source, StackedTensors) and homes and source.is_quantized(homes[0]):
+            ways = self._links.sources(homes[0])
+            n_experts = self._tensors[name].shape[0]
+            return [source.matrix(homes[0], expert, ways.index(name), len(ways)) for expert in range(n_experts)]
         if not isinstance(source, QuantizedTensors) or not homes or not all(map(source.is_quantized, homes)):
             return None
         experts: dict[int, list[tuple[Tensor, Tensor, QuantizedTensor]]] = {}

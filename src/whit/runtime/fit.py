@@ -16,6 +16,7 @@ import psutil
 
 from whit.checkpoints.gguf import GGUFFile
 from whit.checkpoints.quantized import QuantizedTensors
+from whit.checkpoints.stacked import METHOD
 from whit.errors import ModelError, RecipeError
 from whit.memory import GB, RunMemory, Shape, run_bytes, shape_from_config
 from whit.models.model import Model
@@ -84,7 +85,7 @@ def folder_needs(model: Model) -> Needs | None:
     infos = [tensors.info(name) for name in tensors.names()]
     if isinstance(tensors, QuantizedTensors):
         infos = [each for each in infos if not tensors.is_quantized(each.name)]
-    floats = [each for each in infos if each.dtype in ("F16", "BF16", "F32")]
+    floats = [each for each in infos if each.dtype in ("F16", "BF16", "F32", METHOD)]  # stacks of experts among them
     # What is not quantized is opened in float32; codes stay as they are.
     weights = model.n_bytes + sum(4 * math.prod(each.shape) - each.n_bytes for each in floats)
     return lambda context: run_bytes(weights, shape, context, cache_bits=LIVE_BITS)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from whit.checkpoints.atomic import check_folder, check_target, whole_file
 from whit.checkpoints.source import TensorInfo, TensorSource
+from whit.devices import CPU
 from whit.grids.quantized import QuantizedTensor
 from whit.live.checkpoint import live_model, matrices_of, without_inner
 from whit.live.learner import Learner
@@ -45,12 +46,15 @@ def tune_file(
     tuning: Tuning | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> Tuned:
     """Train a quantized GGUF file or folder and write it to `path`: same format, same types, same size.
 
     windows, held_out  [n, length] int64, token ids that do not overlap
     original  the float model to follow; None to learn to predict the next token
-    A run that was interrupted goes on where it was, with the same arguments, and ends with the same bytes.
+    device    where the models are trained; the file is read and written on the CPU
+    A run that was interrupted goes on where it was, with the same arguments, and ends with the same bytes, if it is
+    gone on with on a device of the same kind.
     Raises ModelError when the candidate is not quantized or of another model, OutputError as the writers do.
     """
     tuning = tuning or Tuning()
@@ -66,12 +70,15 @@ def tune_file(
     keeper = Keeper(path, _fingerprint(learners, original, windows, held_out, tuning))
     back = _Back(candidate, model)
     types = dict.fromkeys(vectors_of(model), job.dtype) if job is not None else back.types()
+    model.to(device)
     run = Run(model, learners, torch.cat([held_out, windows]), len(held_out), tuning, types)
     keeper.restore(run)
-    teacher = None if original is None else Teacher(live_model(original, torch.float32), run.ids, len(held_out))
+    teacher = (
+        None if original is None else Teacher(live_model(original, torch.float32).to(device), run.ids, len(held_out))
+    )
     with training_mode(model, tuning.checkpoints):
         found = run.train(teacher, progress, keeper.save)
-    settle(model)
+    settle(model.to(CPU))
     changes = back if found.changed else None
     if job is not None:
         rewrite_folder(job, stored, path, overwrite, changes)
