@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whit.grids.grid import Grid, Params
 from whit.grids.levels import Integers
-from whit.grids.scaled import POWER_OF_TWO, Offset, PerGroup, PerTensor, Scaled
+from whit.grids.scaled import Offset, PerGroup, PerTensor, Scaled
 from whit.grids.superblock import SIZE, Superblock
 from whit.native import LIBRARY
 
@@ -21,16 +21,15 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in kernels
 OFFSETS = {Offset.NONE: 0, Offset.ZERO_POINT: 1, Offset.MINIMUM: 2}
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_GROUPS = (_P, _I, _L, _L, _I, _I, _I, _I, _P, _P, _P, _I)
+_GROUPS = (_P, _I, _L, _L, _I, _I, _I, _I, _P, _I, _P, _P, _I)
 _SUPERBLOCKS = (_P, _I, _L, *(_I,) * 6, *(_P,) * 5, _I)
 
 
 def nearest_codes(W: Tensor, grid: Grid) -> tuple[Tensor, Params] | None:
     """Codes and stored parameters of W [rows, cols] (float32, bfloat16 or float16) on a grid.
 
-    None where the library or a function for this grid is missing, and for weights that are not finite, so that whoever
-    asks finds out which. Raises ValueError when cols does not fit the grid's spans, OverflowError when a scale does not
-    fit what it is stored in.
+    None where the library or a function for this grid is missing, and where weights are not finite or scales do not fit
+    what they are stored in, so that whoever asks finds out. Raises ValueError when cols does not fit the grid's spans.
     """
     if LIBRARY is None or W.device.type != "cpu" or W.dtype not in TYPES or not W.numel():
         return None
@@ -50,16 +49,17 @@ def nearest_codes(W: Tensor, grid: Grid) -> tuple[Tensor, Params] | None:
             int(grid.minimum), codes.data_ptr(), *pointers, threads,
         )  # fmt: skip
         return (codes, params) if good else None
-    if grid.unit != 1 or grid.scale_dtype is POWER_OF_TWO or isinstance(grid.scheme, PerTensor):
+    if grid.unit != 1 or grid.scale_dtype not in TYPES or isinstance(grid.scheme, PerTensor):
         return None
     size = grid.scheme.size if isinstance(grid.scheme, PerGroup) else cols
-    exact = {name: torch.empty(spec.shape) for name, spec in schema.items()}
-    offset = next((each for name, each in exact.items() if name != "scale"), None)
+    params = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
+    offset = next((each for name, each in params.items() if name != "scale"), None)
     good = _function("whit_nearest_groups", _GROUPS)(
         W.data_ptr(), TYPES[W.dtype], W.numel() // size, size, OFFSETS[grid.offset], levels.zero, top,
-        int(levels.mirrored), codes.data_ptr(), exact["scale"].data_ptr(), _pointer(offset), threads,
+        int(levels.mirrored), codes.data_ptr(), TYPES[grid.scale_dtype], params["scale"].data_ptr(), _pointer(offset),
+        threads,
     )  # fmt: skip
-    return (codes, grid.store(exact)) if good else None
+    return (codes, params) if good else None
 
 
 def _function(name: str, arguments: tuple[type, ...]) -> ctypes._NamedFuncPointer:

@@ -35,6 +35,7 @@ from whit.layouts.ggml_fields import (
     Field,
     nibbles,
     pairs,
+    side_by_side,
     single_bits,
 )
 
@@ -83,7 +84,7 @@ class GGMLType:
         block = {"codes": quantized.codes.reshape(n, -1)}
         for name, value in quantized.params.items():
             block[name] = value.reshape(n) if value.numel() == n else value.reshape(n, -1)
-        return torch.cat([field.pack(block) for field in self.fields], dim=1).view(-1)
+        return side_by_side([field.pack(block) for field in self.fields]).view(-1)
 
     def unpack(self, raw: Tensor, shape: tuple[int, int]) -> QuantizedTensor:
         """The quantized matrix in flat uint8 bytes. Raises ValueError when the size does not match the shape."""

@@ -9,7 +9,7 @@ Source: the GGML block formats as listed in docs/formats.md; checked bit for bit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,20 @@ def half(name: str) -> Field:
 
 def _codes(n_bytes: int, pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], Tensor]) -> Field:
     return Field(n_bytes, lambda block: pack(block["codes"]), lambda raw: {"codes": unpack(raw)})
+
+
+def side_by_side(fields: Sequence[Tensor]) -> Tensor:
+    """Fields [n, n_bytes] uint8 of n blocks as blocks [n, sum of n_bytes]."""
+    function = getattr(LIBRARY, "whit_interleave", None)
+    if function is None or any(each.device.type != "cpu" for each in fields):
+        return torch.cat(list(fields), dim=1)
+    fields, n = [each.contiguous() for each in fields], len(fields[0])
+    widths = [each.shape[1] for each in fields]
+    out = torch.empty(n, sum(widths), dtype=torch.uint8)
+    pointers = (ctypes.c_void_p * len(fields))(*(each.data_ptr() for each in fields))
+    sizes = (ctypes.c_int64 * len(fields))(*widths)
+    function(pointers, sizes, len(fields), ctypes.c_int64(n), ctypes.c_void_p(out.data_ptr()), torch.get_num_threads())
+    return out
 
 
 def _joined(codes: Tensor, shift: int) -> Tensor:

@@ -13,11 +13,11 @@ from whit.errors import BadWeightsError
 from whit.models.architecture import GGUFTensor
 from whit.pipeline.plan import Piece, Rounded, Step
 from whit.rounding.named import rounding_named
-from whit.rounding.nearest import slices
+from whit.rounding.nearest import in_one_pass, nearest, slices
 
 Progress = Callable[[int, int, str], None]  # bytes of output done, bytes in all, what is being worked on
 PIECE = 1 << 22  # weights that are rounded and packed at a time
-AHEAD = 1 << 24  # weights at most in what is read while something else is rounded
+AHEAD = 1 << 26  # weights at most in what is read while something else is rounded
 
 
 def plain_tensors(steps: Sequence[Step], progress: Progress | None) -> Iterator[Rounded]:
@@ -51,6 +51,10 @@ def plain_pieces(step: Step, values: Iterator[Tensor] | None = None) -> Iterator
         else:
             several = W.unbind(0) if W.dim() == 3 else [W]
         for rows in several:
+            quick = in_one_pass(rows, step.grid) if rounding is nearest else None
+            if quick is not None:  # then they are finite
+                yield quick
+                continue
             check_finite(step.tensor, rows, W)
             try:
                 yield rounding(rows, step.grid)

@@ -43,10 +43,16 @@ def nearest(W: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantize
 
     W  [rows, cols] float32, bfloat16 or float16
     """
+    return in_one_pass(W, grid) or by_rows(W, grid, lambda part: _plain(part, grid))
+
+
+def in_one_pass(W: Tensor, grid: Grid) -> QuantizedTensor | None:
+    """`nearest` of W by the compiled library, which refuses weights that are not finite; None where it does not serve.
+
+    W  [rows, cols] float32, bfloat16 or float16
+    """
     found = nearest_codes(W, grid)
-    if found is not None:
-        return QuantizedTensor(grid, _shape(W), *found)
-    return by_rows(W, grid, lambda part: _plain(part, grid))
+    return None if found is None else QuantizedTensor(grid, _shape(W), *found)
 
 
 def search(W: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:

@@ -21,7 +21,8 @@ struct Groups {
   int64_t n, size;
   int offset_kind, zero, top, mirrored;
   uint8_t* codes;
-  float *scale, *offset;
+  int scale_type;
+  void *scale, *offset;
 };
 
 // All superblocks of a matrix, of sub-blocks whose scales are integers from low to high.
@@ -42,6 +43,15 @@ struct Codes {
   const uint8_t* codes;
   int64_t k, m;
   int shift;
+  uint8_t* out;
+};
+
+// Records of several fields, each in memory of its own.
+struct Fields {
+  const uint8_t* const* fields;
+  const int64_t* widths;
+  int n_fields;
+  int64_t record;
   uint8_t* out;
 };
 
@@ -116,12 +126,13 @@ bool shared(int64_t n, int64_t step, int threads, Part part) {
 }  // namespace
 }  // namespace whit
 
-// Codes [n][size], scales [n] and zero points or minima [n], not yet rounded to what a file stores. 0 where a number is
-// not finite.
+// Codes [n][size], scales [n] of scale_type, zero points (bytes) or minima (as scales) [n]. 0 where a number is not finite,
+// or a scale or minimum in its type.
 WHIT_EXPORT int whit_nearest_groups(const void* x, int type, int64_t n, int64_t size, int offset_kind, int zero, int top,
-                                    int mirrored, uint8_t* codes, float* scale, float* offset, int threads) {
+                                    int mirrored, uint8_t* codes, int scale_type, void* scale, void* offset,
+                                    int threads) {
   using namespace whit;
-  const Groups all = {x, type, n, size, offset_kind, zero, top, mirrored, codes, scale, offset};
+  const Groups all = {x, type, n, size, offset_kind, zero, top, mirrored, codes, scale_type, scale, offset};
   const int64_t step = size < CHUNK ? CHUNK / size : 1;
   const Width how = width();
   return shared(n, step, threads, [&](int64_t first, int64_t last) {
@@ -153,6 +164,19 @@ WHIT_EXPORT void whit_join_codes(const uint8_t* codes, int64_t n, int64_t k, int
   const Width how = width();
   shared(n, CHUNK / (k * m) + 1, threads, [&](int64_t first, int64_t last) {
     joined(how, all, first, last);
+    return true;
+  });
+}
+
+// Fields [n][widths[k]], one after the other in every record of out.
+WHIT_EXPORT void whit_interleave(const uint8_t* const* fields, const int64_t* widths, int n_fields, int64_t n,
+                                 uint8_t* out, int threads) {
+  using namespace whit;
+  int64_t record = 0;
+  for (int k = 0; k < n_fields; k++) record += widths[k];
+  const Fields all = {fields, widths, n_fields, record, out};
+  shared(n, CHUNK / record + 1, threads, [&](int64_t first, int64_t last) {
+    plain::interleave(all, first, last);
     return true;
   });
 }

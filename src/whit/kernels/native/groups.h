@@ -77,7 +77,14 @@ WHIT_INLINE uint16_t kept_half(float value) {
   return (half & 0x7fff) == 0 && value != 0.0f ? uint16_t((half & 0x8000) | 1) : half;
 }
 
-// Groups from `first` to `last`: codes, scales and what stands beside them. False where something is not finite.
+// A number as a file stores it; false where it does not fit.
+WHIT_INLINE bool put(void* base, int64_t at, float value, int type) {
+  store(base, at, value, type);
+  return magnitude(load(static_cast<const uint8_t*>(base), at, type)) < NOT_FINITE;
+}
+
+// Groups from `first` to `last`: codes, and scales and what stands beside them as they are stored. False where something
+// is not finite.
 // SIZE is that of all groups where it is known while compiling, else 0.
 template <int64_t SIZE>
 bool round_groups(const Groups& all, int64_t first, int64_t last, float* x) {
@@ -91,7 +98,7 @@ bool round_groups(const Groups& all, int64_t first, int64_t last, float* x) {
     if (all.offset_kind == NONE) {
       const float scale = (all.mirrored ? from_bits(uint32_t(most)) : largest_of(x, size)) / anchor;
       const float factor = inverse(scale);
-      all.scale[g] = scale;
+      if (!put(all.scale, g, scale, all.scale_type)) return false;
       if (all.mirrored) {
         for (int64_t i = 0; i < size; i++) {
           const float value = x[i] * factor;
@@ -108,11 +115,12 @@ bool round_groups(const Groups& all, int64_t first, int64_t last, float* x) {
     if (all.offset_kind == ZERO_POINT) {
       low = low < 0 ? low : 0.0f, high = high > 0 ? high : 0.0f;
       const float scale = (high - low) / top, factor = inverse(scale), zero = to_even(-low * factor);
-      all.scale[g] = scale, all.offset[g] = zero;
+      if (!put(all.scale, g, scale, all.scale_type)) return false;
+      static_cast<uint8_t*>(all.offset)[g] = uint8_t(int32_t(zero));
       for (int64_t i = 0; i < size; i++) codes[i] = uint8_t(int32_t(within((x[i] * factor + zero) + 0.5f, 0.0f, top)));
     } else {
       const float scale = (high - low) / top, factor = inverse(scale);
-      all.scale[g] = scale, all.offset[g] = low;
+      if (!put(all.scale, g, scale, all.scale_type) || !put(all.offset, g, low, all.scale_type)) return false;
       for (int64_t i = 0; i < size; i++) codes[i] = uint8_t(int32_t(within((x[i] - low) * factor + 0.5f, 0.0f, top)));
     }
   }
@@ -195,5 +203,16 @@ void join_all(const Codes& all, int64_t first, int64_t last) {
     if (all.k == 2) join<2>(codes, all.m, all.shift, out);
     if (all.k == 4) join<4>(codes, all.m, all.shift, out);
     if (all.k == 8) join<8>(codes, all.m, all.shift, out);
+  }
+}
+
+// Fields of records side by side: field k is `widths[k]` bytes of every record.
+void interleave(const Fields& all, int64_t first, int64_t last) {
+  for (int64_t n = first; n < last; n++) {
+    uint8_t* out = all.out + n * all.record;
+    for (int k = 0; k < all.n_fields; k++) {
+      memcpy(out, all.fields[k] + n * all.widths[k], size_t(all.widths[k]));
+      out += all.widths[k];
+    }
   }
 }
