@@ -1,8 +1,8 @@
 """A checkpoint as large as Llama 7B: `python -m bench.seven_billion [--layers 32]`.
 
-Random weights in bfloat16, in shards of 2 GB, made in bench/work. First plain rounding to Q4_0 and Q4_K, against
-llama.cpp's quantizer on the same model as a GGUF file; then `fast` on its first blocks, and what that means for all of
-them. Wall time, processor seconds and peak resident memory are of whole commands.
+Random weights in bfloat16, in shards of 2 GB, made in bench/work. First plain rounding, all matrices to Q4_0 and to
+Q4_K, against llama.cpp's quantizer on the same model as a GGUF file; then `fast` on its first blocks, and what that
+means for all of them. Wall time, processor seconds and peak resident memory are of whole commands.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     """Two tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--recipes", nargs="*", default=["q4_0", "q4_k"])
+    parser.add_argument("--recipes", nargs="*", default=["q4_0", "q4_k_m"])
     arguments = parser.parse_args()
     folder = shaped(arguments.layers)
     size = sum(each.stat().st_size for each in folder.glob("*.safetensors"))
