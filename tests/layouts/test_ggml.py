@@ -12,6 +12,7 @@ from whit.grids.lattice import Lattice
 from whit.grids.levels import Table
 from whit.grids.named import GRIDS
 from whit.grids.quantized import QuantizedTensor
+from whit.layouts import ggml_fields
 from whit.layouts.ggml import GGML_TYPES, ggml_type_of
 from whit.rounding.nearest import nearest
 
@@ -156,3 +157,15 @@ def test_every_type_is_found_by_its_grid_and_others_have_none() -> None:
 def test_rows_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="100 weights do not divide into Q4_0 blocks of 32"):
         GGML_TYPES["Q4_0"].n_bytes((4, 100))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in GGML_TYPES.items() if kind.fields])
+def test_without_the_compiled_library_the_bytes_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = GGML_TYPES[name]
+    raw = torch.randint(
+        0, 256, (kind.n_bytes((6, 512)),), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
+    quantized = kind.unpack(raw, (6, 512))
+    with_it = kind.pack(quantized)
+    monkeypatch.setattr(ggml_fields, "LIBRARY", None)
+    assert torch.equal(kind.pack(quantized), with_it)
