@@ -255,6 +255,20 @@ def test_health_and_figures(server: Served, walker: Walker) -> None:
     assert len(families) == len(set(families))
 
 
+def test_an_answer_is_counted_once_also_when_its_reader_leaves_with_the_last_byte(
+    server: Served, walker: Walker
+) -> None:
+    def counted() -> list[float]:
+        return [figure(server, f'whit_requests_total{{status="{status}"}}') for status in (200, 499)]
+
+    whole, left = counted()
+    for _ in range(30):
+        assert still_serves(server, walker)  # whose connection is closed by then
+    assert eventually(lambda: figure(server, "whit_requests_running") == 0)
+    time.sleep(0.1)  # for what would be counted late
+    assert counted() == [whole + 30, left]
+
+
 def test_what_is_too_much_is_told_to_come_back(short: Served, walker: Walker) -> None:
     """One slot, one that waits, and all others."""
     body = posted({"prompt": f"say{walker.words[0]}", "temperature": 0})

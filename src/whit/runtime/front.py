@@ -248,13 +248,20 @@ class _Figures:
     def refusal(self, error: Refused) -> Response:
         """An error as a response, counted."""
         self.requests.labels(error.status).inc()
-        headers = {"Retry-After": RETRY_SECONDS} if error.status == 503 else {}
-        return JSONResponse(error.body(), error.status, headers)
+        return _error(error)
 
 
-@dataclass(frozen=True)
+def _error(error: Refused) -> Response:
+    headers = {"Retry-After": RETRY_SECONDS} if error.status == 503 else {}
+    return JSONResponse(error.body(), error.status, headers)
+
+
+@dataclass
 class _Answer:
-    """The response to one request, as an ASGI application."""
+    """The response to one request, as an ASGI application.
+
+    counted  whether it stands in the figures: once, also when its client leaves with the last byte
+    """
 
     request: Asked
     backend: Backend
@@ -262,20 +269,26 @@ class _Answer:
     figures: _Figures
     limits: Limits
     tell: Callable[[str], None]
+    counted: bool = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, until whoever asked goes away or the server ends."""
         working = self._respond(scope, receive, send)
         if not await _until(_until(working, self.gate.ending.wait()), _gone(receive)):
-            self.figures.requests.labels(GONE).inc()
+            self._count(GONE)
+
+    def _count(self, status: int) -> None:
+        if not self.counted:
+            self.counted = True
+            self.figures.requests.labels(status).inc()
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun, asked_at = False, time.monotonic()
 
         async def fail(refused: Refused) -> None:
-            response = self.figures.refusal(refused)
+            self._count(refused.status)
             if not begun:
-                await response(scope, receive, send)
+                await _error(refused)(scope, receive, send)
             else:  # the status is on its way; streams say so at their end
                 await send({"type": "http.response.body", "body": event(refused.body())})
 
@@ -289,10 +302,10 @@ class _Answer:
                     async with asyncio.timeout(self.limits.timeout):  # a reader who has stopped reading
                         await send({"type": "http.response.body", "body": piece, "more_body": True})
             self.figures.all.observe(time.monotonic() - asked_at)
-            self.figures.requests.labels(200).inc()
+            self._count(200)
             await send({"type": "http.response.body", "body": b""})
         except TimeoutError:
-            self.figures.requests.labels(GONE).inc()
+            self._count(GONE)
         except asyncio.CancelledError:
             if self.gate.ending.is_set():
                 await fail(Refused(503, "The server has ended.", "ended"))
