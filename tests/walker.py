@@ -21,7 +21,7 @@ from whit.models.tokenizer import Tokenizer, load_tokenizer
 from whit.pipeline.quantize import write_gguf
 from whit.recipes.named import recipe_named
 
-HIDDEN, CONTEXT = 64, 8192
+HIDDEN, CONTEXT = 64, 1 << 17
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
 LAST = "!"  # the token that ends an answer follows

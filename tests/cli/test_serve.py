@@ -13,7 +13,7 @@ import pytest
 from walker import CONTEXT, Walker, posted
 from whit.cli.app import run
 
-LONGEST = 4000  # tokens of an answer: seconds of work
+LONGEST = 120_000  # tokens of an answer: minutes of work
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from whit.errors import RecipeError
 from whit.runtime.serve import Served, Serving, serve
 
 KINDS = ("file", "folder")
-LONGEST = 4000  # tokens of an answer: seconds of work
+LONGEST = 120_000  # tokens of an answer: minutes of work, so that no test comes too late to see it done
 
 
 @pytest.fixture(scope="module")
