@@ -14,8 +14,10 @@ import ast
 import hashlib
 import platform
 import sysconfig
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -120,11 +122,16 @@ def _part_of(name: str) -> Part:
     return "held-out" if _digest(name)[-1] % 2 == 0 else "calibration"
 
 
-def _documents() -> Iterator[tuple[str, str]]:
+@cache  # seconds of parsing, and most commands calibrate on one half and measure on the other
+def _documents() -> tuple[tuple[str, str], ...]:
     """(name, text) of every topic of the language reference and every module at the top of the library.
 
     In the order of a hash of their names: a measurement on the first windows of the text then sees all kinds.
     """
+    return tuple(_found())
+
+
+def _found() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     documents = {f"topic {name}": [topic.strip()] for name, topic in _topics(root / "pydoc_data" / "topics.py").items()}
     for path in root.glob("*.py"):
@@ -150,8 +157,20 @@ def _topics(path: Path) -> dict[str, str]:
 
 def _docstrings(path: Path) -> list[str]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(_parsed(path)) if isinstance(node, documented))
+    found = (ast.get_docstring(node) for node in _statements(_parsed(path)) if isinstance(node, documented))
     return [text.strip() for text in found if text]
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """As `ast.walk`, in its order, without what is below a statement's expressions: nothing documented is there."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            below = getattr(node, name, None)
+            if isinstance(below, list):  # not a lambda's or a conditional expression's
+                waiting.extend(below)
 
 
 def _parsed(path: Path) -> ast.Module:
