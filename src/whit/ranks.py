@@ -25,6 +25,7 @@ from whit.errors import RankError
 from whit.parallel import Result, spread
 
 Item = TypeVar("Item")
+MEETING = timedelta(minutes=5)  # all have started when they look for each other; one that has ended is not noticed
 PATIENCE = timedelta(days=30)  # others may be long at work; one that has ended is noticed at once
 SHORTEST, LONGEST = 5e-5, 0.02  # seconds between two looks
 
@@ -107,9 +108,12 @@ class Ranks:
         return [found[i] for i in range(len(items))]
 
     def _moved(self, values: Tensor, by: int) -> None:
+        everyone = dist.group.WORLD
+        assert everyone is not None  # `joined`
+        options = dist.BroadcastOptions()
+        options.rootRank, options.timeout = by, PATIENCE
         try:
-            work = dist.broadcast(values, by, async_op=True)
-            assert work is not None  # this rank takes part
+            work = everyone.broadcast([values], options)
             pause = SHORTEST
             while not work.is_completed():  # waiting inside would not hear Ctrl-C
                 time.sleep(pause)
@@ -130,7 +134,7 @@ def joined(store: dist.Store | None = None, rank: int = -1, size: int = -1) -> I
     Raises RankError when they do not.
     """
     try:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=MEETING)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"The ranks did not find each other ({error}).") from error
     try:

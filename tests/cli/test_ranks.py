@@ -1,5 +1,6 @@
 """`whit quantize --ranks`: the bytes of one, and one message when a rank dies."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_two_ranks_write_the_bytes_of_one_and_one_that_dies_is_named(
     assert "Rank 1 of 2 ended before its work was done: SIGKILL" in said
     assert "Traceback" not in said
     assert not (tmp_path / "3").exists()
+
+
+def test_a_rank_that_dies_before_they_meet_is_named(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dying(ranks._Helper):
+        def wait(self) -> None:
+            super().wait()
+            self.process.kill()
+
+    monkeypatch.setattr(ranks, "_Helper", Dying)
+    monkeypatch.setattr("whit.ranks.MEETING", timedelta(seconds=1))
+    assert quantize(llama, tmp_path / "out", "--ranks", "2") == 2
+    assert "Rank 1 of 2 ended before its work was done: SIGKILL" in capsys.readouterr().err
 
 
 def test_ranks_need_a_text(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
