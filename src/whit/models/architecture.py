@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whit.checkpoints.source import TensorInfo, TensorSource, read_some
-from whit.errors import BadWeightsError, BrokenFileError, ModelError, UnknownArchitectureError
+from whit.checkpoints.source import TensorSource, read_some
+from whit.errors import BrokenFileError, ModelError, UnknownArchitectureError
+from whit.models.from_gguf import FromGGUF, check_shape, some_of, stages
 from whit.models.known import ARCHITECTURES, REFUSED
-from whit.models.known_changes import Dims, Shape, Sibling, Transposed
+from whit.models.known_changes import Dims, Shape, Transposed
 from whit.models.known_table import Architecture, Facts, Stored, Weight, float_reason, full_key
 from whit.models.model import Model
 
@@ -96,9 +97,9 @@ def gguf_view(model: Model) -> GGUFView:
     _check_blocks(dims, model.tensors)
     metadata = _metadata(table, facts, dims)  # first: it refuses what llama.cpp cannot compute
     folder = _Folder(model, table)
-    stages = _stages(_written(table, facts, folder), dims["layers"])
+    staged = stages(_written(table, facts, folder), dims["layers"])
     extras = [extra for trait in table.traits for extra in trait.extras(facts, dims)]
-    before, *rest = [[folder.tensor(weight, block, dims) for weight, block in stage] for stage in stages]
+    before, *rest = [[folder.tensor(weight, block, dims) for weight, block in stage] for stage in staged]
     additions = [
         GGUFTensor(extra.name, extra.shape, (Part(extra.shape, extra.read),), float_reason(extra.name, extra.shape))
         for extra in extras
@@ -243,14 +244,6 @@ def _check_blocks(dims: Dims, tensors: TensorSource) -> None:
         raise BrokenFileError(f"{dims['layers']} blocks are announced, but there are {len(tensors.names())} tensors.")
 
 
-def _stages(weights: Sequence[Weight], n_blocks: int) -> list[list[tuple[Weight, int]]]:
-    """Before the blocks, every block, after the blocks: pairs of a weight and its block."""
-    first = next(n for n, weight in enumerate(weights) if weight.per_block)
-    blocks = [[(weight, i) for weight in weights if weight.per_block] for i in range(n_blocks)]
-    outside = [(weight, 0) for weight in weights if not weight.per_block]
-    return [outside[:first], *blocks, outside[first:]]
-
-
 class _Folder:
     """Tensors on disk, found under the names of the table."""
 
@@ -284,7 +277,7 @@ class _Folder:
     def check_complete(self, tied_head: str) -> None:
         """Raise BrokenFileError for missing tensors and ModelError for tensors that nobody asked for."""
         if self._missing:
-            raise BrokenFileError(f"{self._label}: {_some(self._missing)} missing from the weight files.")
+            raise BrokenFileError(f"{self._label}: {some_of(self._missing)} missing from the weight files.")
         ignored = (*self._table.ignored, f"^{re.escape(tied_head)}$")
         extra = [
             disk
@@ -293,7 +286,7 @@ class _Folder:
         ]
         if extra:
             raise ModelError(
-                f"{self._label}: {_some(extra)} not part of {self._table.model_type}. "
+                f"{self._label}: {some_of(extra)} not part of {self._table.model_type}. "
                 "A quantized checkpoint must be given in its original precision; adapters must be merged first."
             )
 
@@ -343,123 +336,13 @@ class _Folder:
             self._missing.append(name)
             return False
         self._used.add(name)
-        _check_shape(self._disk[name], self._source.info(self._disk[name]).shape, expected, "config.json")
+        check_shape(self._disk[name], self._source.info(self._disk[name]).shape, expected, "config.json")
         return True
 
     def _read(self, name: str) -> Tensor:
         return self._source.read(self._disk[name])
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a tensor on disk is found in a GGUF file: rows (or experts) `start` to `start + n` of `gguf`.
-
-    weight  its line in the table
-    block   the block that it belongs to
-    shape   its shape on disk
-    """
-
-    weight: Weight
-    gguf: str
-    block: int
-    start: int
-    n: int
-    shape: Shape
-
-
-class FromGGUF:
-    """GGUF tensors under the names that transformers gives them on disk."""
-
-    def __init__(self, table: Architecture, stored: Stored, weights: Sequence[Weight], dims: Dims) -> None:
-        self._source, self._dims, self.module_names = stored.tensors, dims, table.module_names
-        self._origins: dict[str, list[Origin]] = {}  # woven ones are found in several tensors
-        self._last: tuple[str, Tensor] | None = None  # a stack of experts is decoded once, not once per expert
-        there, used, missing = set(stored.tensors.names()), set[str](), list[str]()
-        for weight, block in (pair for stage in _stages(weights, dims["layers"]) for pair in stage):
-            name = weight.gguf.format(i=block)
-            used.add(name)
-            if name not in there:
-                missing.append(name)
-                continue
-            _check_shape(name, self._source.info(name).shape, weight.gguf_shape(dims), "the metadata")
-            if not weight.derived:
-                for disk, origin in self._pieces(weight, name, block):
-                    self._origins.setdefault(disk, []).append(origin)
-        if missing:
-            raise BrokenFileError(f"{_some(missing)} missing from the GGUF file.")
-        extra = sorted(there - used - {name for trait in table.traits for name in trait.names})
-        if extra:
-            raise ModelError(f"{_some(extra)} in the GGUF file, but not part of {table.model_type}.")
-
-    def names(self) -> Sequence[str]:
-        """Names on disk, in the order of the GGUF file."""
-        return list(self._origins)
-
-    def origin(self, name: str) -> Origin:
-        """Where the (first rows of the) tensor that is called `name` on disk are found. Raises KeyError."""
-        return self._origins[name][0]
-
-    def origins(self, name: str) -> Sequence[Origin]:
-        """As `origin`, all of them: several where its rows are those of several GGUF tensors in turn."""
-        return self._origins[name]
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape on disk; type and share of the bytes of the GGUF tensor."""
-        origins = self._origins[name]
-        infos = [self._source.info(each.gguf) for each in origins]
-        n_bytes, n_weights = sum(each.n_bytes for each in infos), sum(math.prod(each.shape) for each in infos)
-        share = min(1.0, math.prod(origins[0].shape) / n_weights)
-        return TensorInfo(name, origins[0].shape, infos[0].dtype, round(n_bytes * share))
-
-    def read(self, name: str) -> Tensor:
-        """The values as they are on disk."""
-        origin = self.origin(name)
-        W = self._stack(origin)[origin.start : origin.start + origin.n]
-        W = W[0] if origin.weight.of_experts else W
-        W = origin.weight.change.to_disk(W, self._dims, self._sibling(origin.block))
-        W = W.contiguous()
-        shared = origin.weight.of_experts or W.untyped_storage().nbytes() > W.numel() * W.element_size()
-        return W.clone() if shared else W  # never a view into a larger tensor
-
-    def _pieces(self, weight: Weight, name: str, block: int) -> Iterable[tuple[str, Origin]]:
-        shapes = weight.piece_shapes(self._dims)
-        if weight.of_experts:
-            shape = weight.change.disk_shape(shapes[0], self._dims)
-            for expert in range(self._dims["experts"]):
-                yield weight.disk[0].format(i=block, e=expert), Origin(weight, name, block, expert, 1, shape)
-            return
-        start = 0
-        for disk, rows in zip(weight.disk, shapes, strict=True):
-            shape = weight.change.disk_shape(rows, self._dims)
-            yield disk.format(i=block), Origin(weight, name, block, start, rows[0], shape)
-            start += rows[0]
-
-    def forget(self) -> None:
-        """Read again what may have been kept: the source has changed."""
-        self._last = None
-
-    def _stack(self, origin: Origin) -> Tensor:
-        if not origin.weight.of_experts:
-            return self._source.read(origin.gguf)
-        if self._last is None or self._last[0] != origin.gguf:
-            self._last = None  # let the old one go before the new one comes
-            self._last = origin.gguf, self._source.read(origin.gguf)
-        return self._last[1]
-
-    def _sibling(self, block: int) -> Sibling:
-        return lambda template: self._source.read(template.format(i=block))
-
-
 def _as_is(name: str, tensors: TensorSource) -> GGUFTensor:
     shape = tensors.info(name).shape
     return GGUFTensor(name, shape, (Part(shape, lambda: tensors.read(name)),), float_reason(name, shape))
-
-
-def _check_shape(name: str, found: Shape, expected: Shape, by: str) -> None:
-    if tuple(found) != tuple(expected):
-        raise BadWeightsError(f"{name} has shape {list(found)}, but {by} makes it {list(expected)}.")
-
-
-def _some(names: Sequence[str]) -> str:
-    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{listed} {'is' if len(names) == 1 else 'are'}"
