@@ -64,7 +64,9 @@ def loss(file: FileFacts) -> float:
 
 
 def size(n_bytes: int) -> str:
-    """Decimal megabytes, or gigabytes."""
+    """Decimal kilobytes, megabytes or gigabytes."""
+    if n_bytes < 1e6:
+        return f"{n_bytes / 1e3:.0f} kB"
     return f"{n_bytes / 1e6:.1f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.2f} GB"
 
 
@@ -304,4 +306,5 @@ def _times(large: float, small: float, more: bool = False) -> str:
     word = "more" if more else "less"
     if small <= 0:
         return "nothing at all" if not more else "something where the other loses nothing"
-    return f"{large / small:.2g} times {'as much' if more else word}"
+    times = large / small
+    return f"{f'{times:.2g}' if times < 100 else f'{times:.0f}'} times {'as much' if more else word}"
