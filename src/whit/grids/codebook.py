@@ -20,6 +20,7 @@ from whit.grids.kmeans import kmeans
 from whit.grids.scaled import PerChannel, PerGroup, PerTensor, Scheme, group_size_error
 
 PER_CHANNEL = PerChannel()
+LEVELS = "levels"  # the one parameter
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class Codebook:
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """[rows, cols] float32."""
         return params["levels"].float().gather(1, self.index(codes)).view(codes.shape)
+
+    def slopes(self, G: Tensor, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        """dL/dlevels, as `schema` states, of dL/d decoded matrix G [rows, cols]: sums over the weights of a level."""
+        at = self.index(codes)
+        return {LEVELS: torch.zeros_like(params[LEVELS], dtype=G.dtype).scatter_add_(1, at, G.reshape(at.shape))}
 
     def index(self, codes: Tensor) -> Tensor:
         """Where each code's level lies in `levels` [n, m] as `schema` states: int64 [n, rows * cols // n]."""

@@ -133,9 +133,9 @@ class Sparse:
         values = params[VALUES].float()
         return values.new_zeros(len(values), cols).scatter_(1, params[COLUMNS].long(), values)
 
-    def slopes(self, G: Tensor, params: Params) -> dict[str, Tensor]:
-        """dL/dparameter [rows, count] of dL/d decoded matrix, G [rows, cols]: each outlier is added to one weight."""
-        return {VALUES: G.gather(1, params[COLUMNS].long())}
+    def slopes(self, G: Tensor, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        """As the base; of an outlier [rows, count], which is added to one weight, that weight's."""
+        return {**self.base.slopes(G, codes, self.levels(params)), VALUES: G.gather(1, params[COLUMNS].long())}
 
     def levels(self, params: Params) -> Params:
         """The parameters of the base alone."""

@@ -2,6 +2,7 @@
 
     codes   = round((start + offset * step) on the start's own scales)
     scale   = stored(start scale * (1 + change))           outliers beside the codes of a table likewise
+    level   = stored(start level + change * step)          of a table, whose levels stay in their order
     matrix  = decode(codes, scales)
 
 With a rank, offsets are a product of two narrow matrices, offset = B A: fewer numbers move.
@@ -11,7 +12,7 @@ steps of the grid (the range of a span over its number of levels): a rate of lea
 matrix at every number of bits. Codes do not depend on what scales have learned, and a scale's gradient at given codes
 is exact:
 
-    dL/dchange = sum over the span of dL/dW * basis * start scale
+    dL/dchange = sum over the span of dL/dW * basis * start scale      of a level: sum over its weights of dL/dW * step
     dL/doffset = dL/dW * step                                         straight through the rounding
 
 Source: arXiv 1308.3432 (straight-through); arXiv 2407.11062 (EfficientQAT) for steps trained at given codes;
@@ -25,15 +26,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from whit.grids.codebook import Codebook
-from whit.grids.grid import Adaptive, Params
+from whit.grids.codebook import LEVELS, Codebook
+from whit.grids.grid import Adaptive, Grid, Params
 from whit.grids.quantized import QuantizedTensor
-from whit.grids.sparse import VALUES, Sparse
+from whit.grids.sparse import Sparse
 from whit.live.stored import Stored
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 PART = 2**18  # weights that are rounded at a time
-FARTHEST = 0.25  # |change| of a scale or an outlier
+FARTHEST = 0.25  # |change| of a scale or an outlier, or of a level in steps
 INSIDE = 0.49  # steps; how far from its level a weight may start
 
 
@@ -59,7 +60,7 @@ class Learner(nn.Module):
 
     offset   [rows, cols] float32 in steps, None where codes stay or it has a rank
     A, B     [rank, cols], [rows, rank]
-    changes  name of a float parameter of the grid -> its relative change, of its shape, float32
+    changes  name of a float parameter of the grid -> its relative change (of levels: in steps), of its shape, float32
     """
 
     def __init__(
@@ -87,9 +88,8 @@ class Learner(nn.Module):
         self._original, self._rank, self._seed = original, rank, seed
         if codes:
             self.free()
-        moving = list(start.params) if scales and hasattr(start.grid, "bases") else []
-        if scales and isinstance(start.grid, Sparse):
-            moving = [VALUES]
+        learns = hasattr(start.grid, "bases") or isinstance(start.grid, Codebook | Sparse)
+        moving = list(start.params) if scales and learns else []
         self._moving = [name for name in moving if start.params[name].dtype in FLOATS]
         for name in self._moving:  # torch's own dictionary of parameters takes none called "values"
             change = torch.zeros(start.params[name].shape, device=start.codes.device)
@@ -166,9 +166,9 @@ class Learner(nn.Module):
                 found = [self.B.T @ by_offset, by_offset @ self.A.T]
         if not self.changes:
             return found
-        if isinstance(self.grid, Sparse):
-            slopes = self.grid.slopes(G, quantized.params)
-            return [*found, *(slopes[name] * self.stored.tensors[name].float() for name in self.changes)]
+        if isinstance(self.grid, Codebook | Sparse):
+            slopes = self.grid.slopes(G, quantized.codes, quantized.params)
+            return [*found, *(slopes[name] * self._unit(name) for name in self.changes)]
         bases = cast(Adaptive, self.grid).bases(quantized.codes, quantized.params)
         for name in self.changes:
             start = self.stored.tensors[name].float()
@@ -196,7 +196,17 @@ class Learner(nn.Module):
     def _changed(self, name: str, start: Tensor) -> Tensor:
         change = self.changes[name].clamp(-FARTHEST, FARTHEST)
         limit = torch.finfo(start.dtype).max
-        return (start.float() * (1 + change)).clamp(-limit, limit).to(start.dtype)
+        moved = torch.addcmul(start.float(), self._unit(name), change).clamp(-limit, limit).to(start.dtype)
+        return moved if name != LEVELS else _tables(self.grid, moved).cummax(-1).values.view(moved.shape)
+
+    def _unit(self, name: str) -> Tensor:
+        """What a change of 1 adds to a parameter: as much as it is; to levels a step of their table."""
+        start = self.stored.tensors[name].float()
+        if name != LEVELS:
+            return start
+        tables = _tables(self.grid, start)
+        step = (tables[..., -1:] - tables[..., :1]) / (tables.shape[-1] - 1)
+        return step.expand_as(tables).reshape(start.shape)
 
     def _spans(self, x: Tensor) -> Tensor:
         """[rows, cols] -> [rows, innermost spans, columns of a span]."""
@@ -205,6 +215,12 @@ class Learner(nn.Module):
     def _steps(self, x: Tensor) -> Tensor:
         """x [rows, cols] times the step of every weight."""
         return (self._spans(x) * self.step[..., None]).view(self.shape)
+
+
+def _tables(grid: Grid, levels: Tensor) -> Tensor:
+    """[tables, levels of one]."""
+    base = grid.base if isinstance(grid, Sparse) else cast(Codebook, grid)
+    return levels.reshape(-1, base.n_levels)
 
 
 def step_of(quantized: QuantizedTensor) -> Tensor:

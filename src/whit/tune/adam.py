@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from whit.grids.codebook import LEVELS
 from whit.tune.moving import Own
 
 BETAS, EPSILON = (0.9, 0.95), 1e-12
 OFFSETS = ("offset", "A", "B")  # of a learner
 REFERENCE_BITS = 4.5  # at which a rate of scales is what it says; it falls with the step of the grid
+# A scale that changes by r moves the outermost level by r / 2 of the range: 2^(bits - 1) steps, whatever the bits.
+STEPS = 2.0 ** (REFERENCE_BITS - 1)
 WARM = 5  # steps in which rates rise
 
 
@@ -26,7 +29,7 @@ class Rates:
     """How far numbers go per step of Adam, at first.
 
     codes    in steps of the grid
-    scales   relative change, at 4.5 bits; more at fewer, in proportion to the step
+    scales   relative change, at 4.5 bits; more at fewer, in proportion to the step; of levels as far
     vectors  of norms and biases, relative to their root mean square
     """
 
@@ -72,7 +75,8 @@ class Adam:
             coarse = 2.0 ** (REFERENCE_BITS - learner.grid.bits_per_weight(learner.shape[1]))
             for name, value in learner.named_parameters():
                 self.moving[f"{n}.{name}"] = value
-                groups.append({"params": [value], "lr": rates.codes if name in OFFSETS else rates.scales * coarse})
+                scales = rates.scales * (STEPS if name == f"change_{LEVELS}" else coarse)
+                groups.append({"params": [value], "lr": rates.codes if name in OFFSETS else scales})
         for name, vector in vectors.items():
             self.moving[name] = vector.value
             groups.append({"params": [vector.value], "lr": rates.vectors * vector.size})
