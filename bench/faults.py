@@ -1,8 +1,8 @@
 """Faults planted into released files, and what `whit verify` says of each: `python -m bench.faults RELEASE [MODEL]`.
 
 RELEASE is what `whit release MODEL -o RELEASE` wrote, or a part of it: the files ending in Q4_K_M.gguf and Q8_0.gguf,
-and the folders with GPTQ, AWQ and W8A8 in their names. First every file as it is, which has to be good or better; then eight copies
-with one fault each, which have to be caught, with the tensor or the label at fault named.
+and the folders with GPTQ, AWQ and W8A8 in their names. First every file as it is, which has to be good or better; then
+eight copies with one fault each, which have to be caught, with the tensor or the label at fault named.
 """
 
 from __future__ import annotations
