@@ -258,6 +258,22 @@ def working_bytes(shape: Shape, context: int, batch: int = 1, chunk: int = 512) 
     return 4.0 * tokens * (2 * shape.hidden + max(shape.vocab, 2 * shape.intermediate)) + 4.0 * batch * shape.vocab
 
 
+LLAMA_CPP, VLLM = "llama.cpp", "vllm"
+RUNTIMES = (LLAMA_CPP, VLLM)
+VLLM_TOKENS, VLLM_SEQUENCES = 2048, 256  # at once, when nothing is said to `vllm serve` on a GPU of less than 70 GiB
+
+
+def vllm_working_bytes(shape: Shape) -> float:
+    """Bytes of scratch space that vLLM finds when it tries itself out: 2 * 2048 * (2 * hidden + 3 * intermediate)
+    + 10 * 256 * vocab.
+
+    As many tokens as it batches pass through in 16 bits: two residual streams, the two halves of a gated feed-forward
+    layer and their product. Logits of as many sequences as it serves: in 16 bits, in float32, and their softmax.
+    Reckoned from its defaults (vllm/engine/arg_utils.py), not measured; graphs that it captures come on top.
+    """
+    return 2.0 * VLLM_TOKENS * (2 * shape.hidden + 3 * shape.intermediate) + 10.0 * VLLM_SEQUENCES * shape.vocab
+
+
 @dataclass(frozen=True)
 class RunMemory:
     """Bytes to run a model: the three parts, and `total`."""
@@ -272,9 +288,15 @@ class RunMemory:
         return self.weights + self.kv_cache + self.working
 
 
-def run_bytes(weights: float, shape: Shape, context: int, batch: int = 1, cache_bits: float = 16) -> RunMemory:
-    """Bytes to run a model whose weights take `weights` bytes: see `kv_cache_bytes` and `working_bytes`."""
-    return RunMemory(weights, kv_cache_bytes(shape, context, batch, cache_bits), working_bytes(shape, context, batch))
+def run_bytes(
+    weights: float, shape: Shape, context: int, batch: int = 1, cache_bits: float = 16, runtime: str = LLAMA_CPP
+) -> RunMemory:
+    """Bytes to run a model whose weights take `weights` bytes: see `kv_cache_bytes` and `working_bytes`.
+
+    runtime  one of RUNTIMES; vLLM's cache here is the least that does: it fills what it is allowed to take
+    """
+    working = vllm_working_bytes(shape) if runtime == VLLM else working_bytes(shape, context, batch)
+    return RunMemory(weights, kv_cache_bytes(shape, context, batch, cache_bits), working)
 
 
 # ---- training --------------------------------------------------------------------------------------------------

@@ -207,7 +207,10 @@ def pooled(experts: Sequence[Moments | None]) -> list[Moments | None]:
     seen = [each for each in experts if each is not None and each.n_tokens]
     if not seen:
         return list(experts)
-    mean = torch.stack([each._total() for each in seen]).sum(0) / sum(each.n_tokens for each in seen)
+    mean = torch.zeros_like(seen[0]._total())
+    for some in seen:  # one after the other: there may be hundreds, of a gigabyte each
+        mean += some._total()
+    mean /= sum(each.n_tokens for each in seen)
     cols = mean.shape[0]
     backed: list[Moments | None] = []
     for each in experts:

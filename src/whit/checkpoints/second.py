@@ -60,7 +60,7 @@ class SecondGGUF:
             raise ModelError(
                 f"{self._file.path}: tensor {name} has type {info.dtype}, which cannot be decoded."
             ) from None
-        return torch.from_numpy(np.array(values, dtype=np.float32)).view(info.shape)
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(info.shape)
 
 
 def check_header(file: GGUFFile) -> None:

@@ -123,7 +123,7 @@ def command(
     limit = parse_size(fit) if fit else None
     opened = open_headers(model)
     text = planned_text(opened, preset, calib, windows)
-    looked = None if no_verify else affordable(opened, text.length)[0]
+    looked = None if no_verify else affordable(opened, text.length, most)[0]
     refused: dict[str, str] = {}
     found: list[Candidate] = []
     for name in recipe or (() if fit else CANDIDATES):

@@ -21,7 +21,7 @@ from whit.checkpoints.atomic import check_folder, check_target, moved, whole_fil
 from whit.checkpoints.imatrix import read_imatrix
 from whit.checkpoints.stacked import StackedTensors
 from whit.cli.budget import best_file, file_bytes, parse_size, read_damages, swept
-from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, longest, shared_out
+from whit.cli.calibration import CALIB_HELP, HELD_OUT, calibration_for, longest, planned_text, shared_out
 from whit.cli.keep import (
     KEEP_HELP,
     SALIENT_HELP,
@@ -43,7 +43,7 @@ from whit.pipeline.allocate import Allocator
 from whit.pipeline.coverage import coverage, numbered
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
 from whit.pipeline.folder import plan_model, write_model
-from whit.pipeline.forecast import must_spill
+from whit.pipeline.forecast import check_ram
 from whit.pipeline.inputs import SHARES
 from whit.pipeline.keep import check_kept, family, keeping
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
@@ -165,7 +165,8 @@ def command(
     if most and imatrix:
         raise RecipeError("--ram is kept where a text is run, and by plain rounding; leave it or --imatrix.")
     if most and plan:
-        must_spill(opened, plan, windows or PRESETS[preset].windows, most)  # refused before any work, if at all
+        text_planned = planned_text(opened, preset, calib, windows)
+        check_ram(opened, plan, text_planned, not no_verify, most)  # before any work
     if layout != GGUF and imatrix:
         raise RecipeError("--imatrix is for GGUF files; folders for GPUs are rounded on text.")
     if distil and chosen is not None and chosen.activations:
@@ -216,7 +217,7 @@ def command(
             write_recipe(result.plan.recipe, save_recipe)
     _finish(console, opened, model, replace(result, path=out), report, calibration)
     if not no_verify:
-        _verdict(console, opened, out, intended)
+        _verdict(console, opened, out, intended, most)
 
 
 def check_beside(out: Path, *others: Path | None) -> None:
@@ -248,10 +249,10 @@ def _finish(
     console.print(f"Next: whit eval {result.path} --against {name}", soft_wrap=True)
 
 
-def _verdict(console: Console, opened: Model, out: Path, intended: Intended) -> None:
+def _verdict(console: Console, opened: Model, out: Path, intended: Intended, ram: int | None) -> None:
     """The file opened again, in two lines. Raises CheckFailedError when it is not what was to be written."""
     with progress_bar("verifying") as progress:
-        found = look(out, opened, min(WINDOW, longest(opened)), intended, progress)
+        found = look(out, opened, min(WINDOW, longest(opened)), intended, progress, ram)
     if found.faults:
         raise CheckFailedError(f"{out}: {'; '.join(found.faults)}. The file is damaged; write it again.")
     if found.compared:

@@ -24,6 +24,7 @@ from whit.grids.quantized import QuantizedTensor
 from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.damage import decoded
+from whit.pipeline.forecast import verdict_bytes
 from whit.pipeline.quantize import Progress, model_view
 
 MOST_WINDOWS = 2
@@ -78,10 +79,18 @@ class Look:
     faults: tuple[str, ...] = ()
 
 
-def look(path: Path, original: Model, length: int, intended: Intended, progress: Progress | None = None) -> Look:
+def look(
+    path: Path,
+    original: Model,
+    length: int,
+    intended: Intended,
+    progress: Progress | None = None,
+    ram: int | None = None,
+) -> Look:
     """Open what was written again and compare it with what was intended and with the original.
 
     length  tokens that the original reads at once
+    ram     bytes that the process may take, None for what there is
     Raises nothing of its own: a file that cannot be read is a fault.
     """
     try:
@@ -92,7 +101,7 @@ def look(path: Path, original: Model, length: int, intended: Intended, progress:
     faults: tuple[str, ...] = ()
     if wrong:
         faults = (f"{len(wrong)} of {len(intended)} tensors are not what was to be written ({wrong[0]})",)
-    n_windows, reason = affordable(original, length)
+    n_windows, reason = affordable(original, length, ram)
     result = None
     if n_windows:
         from whit.evaluation.compare import compare  # it imports transformers, which takes seconds
@@ -107,9 +116,15 @@ def look(path: Path, original: Model, length: int, intended: Intended, progress:
     return Look(found, result, reason, len(intended), faults)
 
 
-def affordable(original: Model, length: int) -> tuple[int, str]:
-    """Windows that can be measured in about a minute and in the memory there is, and why there are none."""
-    n_weights = sum(tensor.n_weights for tensor in model_view(original).tensors)
+def affordable(original: Model, length: int, ram: int | None = None) -> tuple[int, str]:
+    """Windows that can be measured in about a minute and in the memory there is, and why there are none.
+
+    ram  bytes that the process may take, None for what there is
+    """
+    each = [tensor.n_weights for tensor in model_view(original).tensors]
+    if ram is not None and (all_of_it := verdict_bytes(each)) > ram:
+        return 0, f"the two models take {all_of_it / 1e6:,.0f} MB of memory to run, --ram allows {ram / 1e6:,.0f} MB"
+    n_weights = sum(each)
     needed, free = ROOM * 4 * n_weights, psutil.virtual_memory().available
     if needed > free:
         return 0, f"the original takes {needed / 1e9:.1f} GB of memory to run, {free / 1e9:.1f} GB are free"

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from whit.calibration.moments import ENOUGH
 from whit.errors import RecipeError
 from whit.grids.floats import Float
 from whit.grids.grid import Grid
@@ -142,7 +141,7 @@ def _block(prefix: str, steps: Sequence[Step], tokens: int, survey: Survey, trie
         visits = survey.visits if len(matrices[name]) == 3 else 1
         alone.append(Amount("second moments", MOMENT, rows=tokens * visits, cols=matrices[name][-1]))
     rounded = [step.tensor.name.removeprefix(prefix) for step in steps if step.needs_moments]
-    factors = Counter(_factored({name: shapes[name] for name in rounded}, tokens, survey))
+    factors = Counter(_factored({name: shapes[name] for name in rounded}, survey))
     factors.update(pair.cols for pair in tried)  # again, in the new scale
     alone += [Amount("factoring", FACTOR, cols=cols, times=n) for cols, n in factors.items()]
     return Work(tuple(alone))
@@ -160,16 +159,9 @@ def _rescaling(tried: Sequence[_Pair]) -> Work:
     return Work((), (items,) if items else ())
 
 
-def _factored(shapes: Mapping[str, tuple[int, ...]], tokens: int, survey: Survey) -> list[int]:
-    """Columns of every second moment that some matrix is rounded under. Those of thin experts are not shared."""
-    found: list[int] = []
-    plain: dict[str, tuple[int, ...]] = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    for name, shape in shapes.items():
-        if len(shape) == 3 and tokens * survey.visits / shape[0] >= ENOUGH * shape[-1]:
-            plain[name] = shape
-        elif len(shape) == 3:
-            found += [shape[-1]] * shape[0]
-    return found + [plain[name][-1] for name in _firsts(plain, survey) for _ in range(math.prod(plain[name][:-2]))]
+def _factored(shapes: Mapping[str, tuple[int, ...]], survey: Survey) -> list[int]:
+    """Columns of every second moment that some matrix is rounded under."""
+    return [shapes[name][-1] for name in _firsts(shapes, survey) for _ in range(math.prod(shapes[name][:-2]))]
 
 
 def _firsts(shapes: Mapping[str, tuple[int, ...]], survey: Survey) -> list[str]:

@@ -13,10 +13,9 @@ from whit.ranks import Ranks
 
 def moments_of(shape: tuple[int, ...], inputs: Inputs, slots: list[Slot]) -> list[Moments | None]:
     """The moments for every matrix of a tensor: one, or one per expert, thin ones backed by the other experts'."""
-    found = [inputs.of(slot) for slot in slots]
     if len(shape) == 2:  # parts of one matrix, such as q, k and v, are given the same input
-        return found[:1]
-    return pooled(found)
+        return [inputs.of(slots[0])]
+    return inputs.of_experts(slots)
 
 
 TOGETHER = 4  # windows in one product
@@ -51,6 +50,7 @@ class Inputs:
         self._prefix, self._kept, self._ranks = prefix, kept, ranks
         self._moments: dict[Slot, Moments] = {}
         self._original: dict[Slot, Tensor] = {}
+        self._pooled: dict[tuple[Moments | None, ...], list[Moments | None]] = {}  # by identity
         self._windows = 0
         self._seen: list[tuple[Tensor, Moments]] = []  # of the current window; holding them keeps them apart
         # by identity; what waits for the sums of the ranks before this one, which the first has not
@@ -89,6 +89,7 @@ class Inputs:
     def forget(self) -> None:
         """A window is over."""
         self._seen.clear()
+        self._pooled.clear()
         self._original.clear()
         self._windows += 1
         if self._windows % TOGETHER == 0:
@@ -152,3 +153,12 @@ class Inputs:
     def of(self, slot: Slot) -> Moments | None:
         """The moments of a weight (full name), None when nothing was multiplied with it."""
         return self._moments.get((slot[0].removeprefix(self._prefix), slot[1]))
+
+    def of_experts(self, slots: list[Slot]) -> list[Moments | None]:
+        """The moments of a layer's experts, thin ones backed by the others'; the same objects where two tensors of the
+        layer are given the same, once all windows are over.
+        """
+        found = tuple(self.of(slot) for slot in slots)
+        if found not in self._pooled:
+            self._pooled[found] = pooled(found)
+        return self._pooled[found]

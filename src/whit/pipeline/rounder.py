@@ -4,6 +4,7 @@ importance matrix.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -98,9 +99,11 @@ class Rounder:
     def rounded(self, tasks: Iterable[Task]) -> Iterator[QuantizedTensor]:
         """The matrices of all tasks in order: one per entry of their moments.
 
+        What was factored for some of them is dropped with the last: a layer's experts have a factor each.
         Raises BadWeightsError for weights or moments that are not finite, or too large for a scale.
         """
-        batch: list[_Matrix] = []
+        tasks, batch = list(tasks), list[_Matrix]()
+        left = Counter(moments for task in tasks for moments in task.moments)
         for task in tasks:
             n = len(task.moments)
             each = [None] * n if task.fisher is None else task.fisher.view(n, -1, task.fisher.shape[-1])
@@ -108,8 +111,19 @@ class Rounder:
                 batch.append(self._matrix(task, W, moments, F))
                 if sum(piece.W.numel() for matrix in batch for piece in matrix.pieces) >= BATCH:
                     yield from self._spread(batch)
+                    self._drop(batch, left)
                     batch = []
         yield from self._spread(batch)
+        self._drop(batch, left)
+
+    def _drop(self, batch: list[_Matrix], left: Counter[Moments | None]) -> None:
+        """What nothing that is still to come needs. left: matrices to come by their moments."""
+        for matrix in batch:
+            left[matrix.moments] -= 1
+            if matrix.moments is not None and not left[matrix.moments]:
+                c, seen = self._curved.pop(matrix.moments, None), id(matrix.moments)
+                self._scaled = {key: each for key, each in self._scaled.items() if each[0] is not c}
+                self._shifts = {key: each for key, each in self._shifts.items() if key[0] != seen}
 
     def _matrix(self, task: Task, W: Tensor, moments: Moments | None, F: Tensor | None) -> _Matrix:
         if moments is not None and not moments.is_empty:

@@ -261,9 +261,9 @@ class Machine:
 
     def _text(self) -> dict[Hashable, Law]:
         tokenizer, texts = load_tokenizer(self._model), list[str]()
-        making = _once(lambda: texts.append(documentation_text("calibration").content))
+        making = once(lambda: texts.append(documentation_text("calibration").content))
         some = texts[0][:CHARACTERS]
-        cutting = _once(lambda: tokenizer.encode(some))
+        cutting = once(lambda: tokenizer.encode(some))
         return {
             kinds.DOCUMENTATION: lambda rows, cols: making,
             kinds.TOKENS: powers(cutting, len(some), 1, of_rows=1),
@@ -285,13 +285,13 @@ class Machine:
         def step(depth: int) -> Cost:
             module = load_module(shallow(self._model, depth), torch.bfloat16)
             written(module, prompts[:1], context + 2)  # what is made on first use
-            start = _once(lambda: written(module, prompts, context + 1))
-            whole = _once(lambda: written(module, prompts, context + 1 + STEPS))
-            return _positive(whole + start * -1) * (1 / STEPS)
+            start = once(lambda: written(module, prompts, context + 1))
+            whole = once(lambda: written(module, prompts, context + 1 + STEPS))
+            return positive(whole + start * -1) * (1 / STEPS)
 
         one, two = step(1), step(2)
-        block = _positive(two + one * -1)
-        rest = _positive(one + block * -1)
+        block = positive(two + one * -1)
+        rest = positive(one + block * -1)
         return lambda rows, cols: (rest + block * cols) * (rows / texts)
 
 
@@ -369,11 +369,12 @@ def _quantized(name: str, random: torch.Generator) -> QuantizedTensor:
 def _writing(folder: Path) -> Law:
     values = torch.zeros(WRITTEN, dtype=torch.uint8)
     with TemporaryDirectory(dir=folder, prefix=".whit-plan.") as beside:
-        cost = _once(lambda: write_checked(Path(beside) / "values", {}, {"values": values}))
+        cost = once(lambda: write_checked(Path(beside) / "values", {}, {"values": values}))
     return powers(cost, WRITTEN, 1, of_rows=1)
 
 
-def _positive(cost: Cost) -> Cost:
+def positive(cost: Cost) -> Cost:
+    """A difference of what was timed, at least nothing."""
     return Cost(max(0.0, cost.wall), max(0.0, cost.cpu))
 
 
@@ -381,7 +382,8 @@ def _as_tensor(cost: Cost) -> dict[str, Tensor]:
     return {"cost": torch.tensor([cost.wall, cost.cpu], dtype=torch.float64)}
 
 
-def _once(function: Callable[[], object], clock: Callable[[], float] = time.process_time) -> Cost:
+def once(function: Callable[[], object], clock: Callable[[], float] = time.process_time) -> Cost:
+    """What a call takes. clock: of the processors' time."""
     wall, cpu = time.perf_counter(), clock()
     function()
     return Cost(time.perf_counter() - wall, clock() - cpu)
@@ -389,10 +391,10 @@ def _once(function: Callable[[], object], clock: Callable[[], float] = time.proc
 
 def _timed(function: Callable[[], object], clock: Callable[[], float] = time.process_time) -> Cost:
     """The mean of some calls, the first left out when it is short: memory is asked for, kernels are chosen."""
-    first = _once(function, clock)
+    first = once(function, clock)
     if first.cpu > MOMENT_SECONDS:
         return first
     total, n = kinds.NOTHING, 0
     while n < 2 or (total.cpu < MOMENT_SECONDS and n < 20):
-        total, n = total + _once(function, clock), n + 1
+        total, n = total + once(function, clock), n + 1
     return total * (1 / n)

@@ -61,6 +61,11 @@ class Blocks:
             for whole, chain in ((model, self._chain), (teacher, theirs))
         )
 
+    @property
+    def originals(self) -> list[nn.Module]:
+        """The original's."""
+        return list(self._theirs)
+
     def learners(self, index: int, borrowers: Own) -> Own:
         """Those whose matrices are all in one block."""
         assert self._chain is not None
@@ -88,9 +93,7 @@ class Blocks:
         if adam is not None and own:
             weights = self._weights()
             if not self._metrics:
-                self._metrics = metrics(
-                    Halves(self._teacher), list(self._theirs), self._ids[self._n_held :], self._seed
-                )
+                self._metrics = metrics(Halves(self._teacher), self.originals, self._ids[self._n_held :], self._seed)
             before = self._loss(block, index, own, weights)
             kept = [value.detach().clone() for learner, _ in own for value in learner.moving()]
             order = torch.Generator().manual_seed(seed + index)

@@ -215,14 +215,14 @@ class Run:
         tell, keep = progress or (lambda done, total, what: None), save or (lambda run: None)
         if not self._first.numel():
             tell(0, tuning.steps, "looking at other text")
-            self._first = self._best = self._held_out(teacher)
+            self._first = self._best = self.held_out(teacher)
         if teacher is not None:
             teacher.read(self._by_blocks(teacher, tell, keep, late) if tuning.by_blocks(True) else None, tell)
         self._adam = Adam(self._own, self._vectors, tuning.rates)
         self._recall_moments()
         every = max(1, tuning.steps // CHECKS)
         while self.step < tuning.steps:
-            loss = self._one(teacher)
+            loss = self.advance(teacher)
             over = late()
             if self.step % every == 0 or self.step == tuning.steps or over:
                 self._look(teacher)
@@ -314,11 +314,11 @@ class Run:
 
     def _look(self, teacher: Wanted | None) -> None:
         """Keep this state if text that is not trained on says so."""
-        now = self._held_out(teacher)
+        now = self.held_out(teacher)
         if now.mean() < self._best.mean():
             self._best, self._state, self._kept = now, self._copy(), (self.block, self.step)
 
-    def _one(self, teacher: Wanted | None) -> float:
+    def advance(self, teacher: Wanted | None) -> float:
         """A step; the mean loss before it."""
         tuning, total = self._tuning, 0.0
         chosen = self._order[self.step * tuning.batch :][: tuning.batch]
@@ -339,7 +339,7 @@ class Run:
         self.step += 1
         return total
 
-    def _held_out(self, teacher: Wanted | None) -> Tensor:
+    def held_out(self, teacher: Wanted | None) -> Tensor:
         """The loss of every token that is not trained on."""
         found = []
         for vector in self._vectors.values():
