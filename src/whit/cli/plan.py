@@ -39,10 +39,7 @@ from whit.rounding.methods import FLOORED
 
 CANDIDATES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k", "gptq-4bit-g128", "w4a16", "w8a8", "fp8")
 CONTEXT = 8192
-RUNS = {
-    LLAMA_CPP: "GGUF files in llama.cpp",
-    VLLM: "folders in vLLM, at least: it takes what --gpu-memory-utilization allows",
-}
+RUNS = {LLAMA_CPP: "GGUF files in llama.cpp", VLLM: "folders in vLLM, which takes all it may for its cache"}
 
 
 @dataclass(frozen=True)
@@ -306,8 +303,8 @@ def _print(
         console.print(table)
         runtimes = {each.runtime: RUNS[each.runtime] for each in found}
         console.print(
-            f"To run: {context} tokens of context, 16-bit cache, {'; '.join(runtimes.values())}. "
-            "GPU: with --device cuda, and with all of the result there; CUDA itself takes some hundred MB more. "
+            f"To run: {context} tokens of context, 16-bit cache; {', '.join(runtimes.values())}.\n"
+            "GPU: the job with --device cuda, and all of the result; what CUDA takes for itself is not in it.\n"
             "Memory is estimated, bytes are exact.",
             soft_wrap=True,
         )
