@@ -25,10 +25,11 @@ JOBS: dict[str, tuple[str, ...]] = {
     "wide": (str(WIDE), "--recipe", "q4_0", "--rounding", "nearest"),
     "wide-fast": (str(WIDE), "--recipe", "q4_0", "--preset", "fast", "--windows", "4"),
 }
+TRAININGS = {"tune": (MODEL, "gptq-3bit-g64", "128"), "wide-tune": (str(WIDE), "gptq-4bit-g64", "8")}  # recipe, windows
 
 
 def main() -> None:
-    """Measure the jobs that were asked for, or all."""
+    """Measure the jobs that were asked for, or all but trainings, which take hours."""
     names = sys.argv[1:] or list(JOBS)
     if any(name.startswith("wide") for name in names):
         wide_folder(4)
@@ -36,11 +37,17 @@ def main() -> None:
     print("| job | | bytes | peak MB | seconds | of processors | load |")
     print("|---|---|---|---|---|---|---|")
     for name in names:
-        asked, job = JOBS[name], " ".join(each.replace(str(WIDE), "wide-4") for each in JOBS[name])
+        if name in TRAININGS:
+            model, recipe, windows = TRAININGS[name]
+            asked: tuple[str, ...] = (model, "--recipe", recipe, "--windows", windows, "--tune")
+            command: tuple[str, ...] = ("tune", model, "--qat", recipe, "--windows", windows)
+        else:
+            asked, command = JOBS[name], ("quantize", *JOBS[name])
+        job = " ".join(each.replace(str(WIDE), "wide-4") for each in asked)
         planned = run(*WHIT, "plan", *asked, "--out", out, "--json")
         said = json.loads(planned.output)["recipes"][0]
         _row(f"`{job}`", "forecast", said["bytes"], said["ram_bytes"], said["seconds"], said["cpu_seconds"])
-        done = run(*WHIT, "quantize", *asked, "--out", out, "--force")
+        done = run(*WHIT, *command, "--out", out, "--force")
         files = [out] if out.is_file() else list(out.glob("*.safetensors"))
         n_bytes = sum(file.stat().st_size for file in files)
         load = os.getloadavg()[0]

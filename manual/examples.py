@@ -1,4 +1,5 @@
-"""Run the commands of console blocks and write what they print below them: `python -m manual.examples [PAGE ...]`.
+"""Run the commands of console blocks and write what they print below them: `python -m manual.examples [PAGE ...]`,
+with `--only WORDS` those blocks alone in which these words stand.
 
 Output that is copied by hand is soon that of another version. A page therefore holds blocks such as
 
@@ -14,6 +15,7 @@ should.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -31,8 +33,11 @@ WIDTH = 100  # of the terminal that programs are told of
 _BLOCK = re.compile(r"^```console( fails)?\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
-def main(names: list[str]) -> None:
-    """Fill the pages called `names`, all that have console blocks when there are none."""
+def main(names: list[str], only: str = "") -> None:
+    """Fill the pages called `names`, all that have console blocks when there are none.
+
+    only  words of the blocks to fill; the others stay as they are
+    """
     if not names:
         shutil.rmtree(WORK, ignore_errors=True)
         names = sorted((page.stem for page in (ROOT / "docs").glob("*.md")), key=lambda name: (name != FIRST, name))
@@ -46,16 +51,19 @@ def main(names: list[str]) -> None:
         environment = {**os.environ, "PATH": path, "PYTHONPATH": source, "COLUMNS": str(WIDTH), "TERM": "dumb"}
         for name in names:
             page = ROOT / "docs" / f"{name}.md"
-            page.write_text(filled(page.read_text(), WORK, environment))
+            page.write_text(filled(page.read_text(), WORK, environment, only))
 
 
-def filled(text: str, folder: Path, environment: dict[str, str]) -> str:
+def filled(text: str, folder: Path, environment: dict[str, str], only: str = "") -> str:
     """A page's text with the commands of its console blocks run again in `folder`, and their output in its place.
 
+    only  words that must stand in a block for this
     Raises SystemExit, with what was printed, when a command fails, or succeeds in a block that says "fails".
     """
 
     def anew(block: re.Match[str]) -> str:
+        if only not in block[2]:
+            return block[0]
         word = block[1] or ""
         commands = [line.removeprefix(PROMPT) for line in block[2].splitlines() if line.startswith(PROMPT)]
         shown = [f"{PROMPT}{each}\n{_output(each, bool(word), folder, environment)}" for each in commands]
@@ -82,4 +90,8 @@ def _output(command: str, fails: bool, folder: Path, environment: dict[str, str]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pages", nargs="*")
+    parser.add_argument("--only", default="")
+    asked = parser.parse_args()
+    main(asked.pages, asked.only)

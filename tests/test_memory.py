@@ -31,6 +31,7 @@ from whit.memory import (
     PLAIN_BITS,
     PRECISIONS,
     PUBLISHED,
+    VLLM,
     Lora,
     Shape,
     count_parameters,
@@ -391,6 +392,13 @@ def test_optimizer_states_are_those_torch_allocates(optimizer: str, make: Any) -
         v for state in optim.state.values() for v in state.values() if isinstance(v, torch.Tensor) and v.ndim == 2
     )
     assert sum(v.nbytes for v in states) == train_bytes(64 * 64, "float32", optimizer).part("optimizer")
+
+
+def test_vllm_tries_itself_out_with_as_many_tokens_and_sequences_as_it_serves() -> None:
+    found = run_bytes(1e9, LLAMA_8B, 8192, runtime=VLLM)
+    assert (found.weights, found.kv_cache) == (1e9, GIB)
+    halves_and_product, logits = 2048 * (2 * 4096 + 3 * 14336) * 2, 256 * 128256 * 10
+    assert found.working == halves_and_product + logits
 
 
 def test_lora_trains_adapters_alone_on_a_frozen_base() -> None:

@@ -106,3 +106,33 @@ def test_time_is_forecast_for_a_recipe_unless_it_shall_not(llama: Path, capsys: 
 def test_what_cannot_be_timed_is_said(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", str(llama), "--recipe", "q4_0", "--rounding", "fisher"]) == 0
     assert "time: not known: roundings that take gradients" in capsys.readouterr().out
+
+
+def test_a_gpu_must_hold_the_job(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", str(llama), "--recipe", "q4_k_m", "--no-time"]
+    assert run([*asked, "--gpu", "8GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["recipes"][0]
+    assert 0 < found["gpu_bytes"] < found["ram_bytes"]
+    assert run([*asked, "--gpu", "10kB"]) == 1
+    assert "--gpu allows 0.0 MB" in capsys.readouterr().err
+
+
+def test_what_a_result_takes_is_that_of_the_runtime_it_is_for(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(llama), "--recipe", "q8_0", "--recipe", "w8a16", "--no-time", "--json"]) == 0
+    gguf, folder = json.loads(capsys.readouterr().out)["recipes"]
+    assert (gguf["runtime"], folder["runtime"]) == ("llama.cpp", "vllm")
+    assert gguf["run_gpu_bytes"] < gguf["run_bytes"]  # the embedding stays with the processor
+    assert folder["run_gpu_bytes"] == folder["run_bytes"]
+
+
+def test_a_training_is_forecast_with_what_comes_before(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", str(llama), "--recipe", "gptq-4bit-g32", "--preset", "fast", "--windows", "4", "--json"]
+    assert run([*asked, "--no-time"]) == 0
+    alone = json.loads(capsys.readouterr().out)["recipes"][0]
+    assert run([*asked, "--tune"]) == 0
+    tuned = json.loads(capsys.readouterr().out)["recipes"][0]
+    assert tuned["gpu_bytes"] > alone["gpu_bytes"]
+    assert tuned["seconds"] == pytest.approx(sum(each["seconds"] for each in tuned["parts"].values()))
+    assert {"quantizing", "blocks", "steps from end to end", "text drawn anew", "other text"} <= set(tuned["parts"])
+    assert run(["plan", str(llama), "--tune"]) == 2
+    assert "name one with --recipe" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""How long `whit quantize` would take: its options as work, and the machine timed."""
+"""How long `whit quantize` and `whit tune` would take: their options as work, and the machine timed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from whit.cli.progress import progress_bar
+from whit.cli.tune import RESAMPLED
 from whit.errors import WhitError
 from whit.models.model import Model
 from whit.pipeline.counts import Text, job_work
@@ -44,6 +45,35 @@ def times(
                 job = job_work(plan, n_bytes, text, work, machine.survey, looked)
                 threads = torch.get_num_threads()
                 found.append(Times(job.cost(machine.laws(job, work.effort, place), threads), threads))
+            except WhitError as error:
+                found.append(Times({}, 0, str(error)))
+        progress(len(jobs), len(jobs), "done")
+    return found
+
+
+def tune_times(
+    model: Model, jobs: Sequence[Plan], quantizing: Sequence[Times], length: int, windows: int, held_out: int
+) -> list[Times]:
+    """How long it takes here to train each file as `whit tune` does, what comes before included.
+
+    quantizing  how long that takes, of each
+    windows     of `length` tokens to train on, and held_out to decide on
+    """
+    from whit.tune.speed import tuning_laws, tuning_work
+    from whit.tune.train import Tuning
+
+    tuning, threads, found = Tuning(), torch.get_num_threads(), list[Times]()
+    with progress_bar("timing steps of training") as progress:
+        for n, (plan, before) in enumerate(zip(jobs, quantizing, strict=True)):
+            progress(n, len(jobs), plan.recipe.name)
+            if before.why:
+                found.append(before)
+                continue
+            try:
+                laws = tuning_laws(model, plan, tuning, length, RESAMPLED)
+                work = tuning_work(plan, tuning, windows, held_out, RESAMPLED)
+                parts = {"quantizing": before.total, **work.cost(laws, threads)}
+                found.append(Times(dict(sorted(parts.items(), key=lambda each: -each[1].wall)), threads))
             except WhitError as error:
                 found.append(Times({}, 0, str(error)))
         progress(len(jobs), len(jobs), "done")

@@ -20,9 +20,11 @@ from whit.grids.named import GRIDS, grid_named
 from whit.memory import (
     GB,
     GIB,
+    LLAMA_CPP,
     OPTIMIZERS,
     PLAIN_BITS,
     PUBLISHED,
+    RUNTIMES,
     Lora,
     RunMemory,
     Shape,
@@ -102,12 +104,15 @@ def command(
     layers: Annotated[int | None, typer.Option(min=1, max=10_000, help="Layers, when MODEL is a count.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, max=2**20, help="KV heads, when MODEL is a count.")] = None,
     head_dim: Annotated[int | None, typer.Option(min=1, max=2**20, help="Width of a head, for a count.")] = None,
+    runtime: Annotated[str, typer.Option(help=f"What runs it: {', '.join(RUNTIMES)}.")] = LLAMA_CPP,
     lora_rank: Annotated[int, typer.Option(min=1, max=2**16, help="Rank of LoRA adapters on all matrices.")] = 16,
     json: Annotated[bool, typer.Option("--json", help="Exact figures with flat keys.")] = False,
 ) -> None:
     """Forecast the bytes to store, run and train a model. Of a hub model only headers are fetched."""
     if cache not in CACHE_TYPES:
         raise RecipeError(f"There is no cache type {cache!r}. Known: {', '.join(CACHE_TYPES)}.")
+    if runtime not in RUNTIMES:
+        raise RecipeError(f"There is no runtime {runtime!r} here. Known: {', '.join(RUNTIMES)}.")
     given = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
     overrides = {name: value for name, value in given.items() if value is not None}
     if looks_like_count(model) and not Path(model).exists():
@@ -117,7 +122,7 @@ def command(
         raise RecipeError(f"{options}: {model} has a shape of its own; these are for a count such as 8B.")
     else:
         subject = _from_model(open_model(model, fetch=False))
-    forecast = _forecast(subject, bits, context, batch, cache, lora_rank)
+    forecast = _forecast(subject, bits, context, batch, cache, runtime, lora_rank)
     if json:
         print(jsonlib.dumps(_flat(forecast), indent=2, allow_nan=False))
     else:
@@ -150,7 +155,13 @@ def _from_model(model: Model) -> Subject:
 
 
 def _forecast(
-    subject: Subject, bits: float | None, context: int | None, batch: int, cache: str, lora_rank: int
+    subject: Subject,
+    bits: float | None,
+    context: int | None,
+    batch: int,
+    cache: str,
+    runtime: str,
+    lora_rank: int,
 ) -> Forecast:
     n, shape = subject.n_parameters, subject.shape
     if context is None:
@@ -166,7 +177,7 @@ def _forecast(
     sizes = {name: storage_bytes(n, each) for name, each in run_with.items()}
     if subject.stored is not None:
         sizes = {"as stored": float(subject.stored)} | sizes
-    run = {name: run_bytes(size, shape, context, batch, cache_bits) for name, size in sizes.items()}
+    run = {name: run_bytes(size, shape, context, batch, cache_bits, runtime) for name, size in sizes.items()}
     train = {"float32 adam": train_bytes(n), "16-bit adam": train_bytes(n, "16-bit")}
     train |= {f"mixed {optimizer}": train_bytes(n, "mixed", optimizer) for optimizer in OPTIMIZERS}
     adapters = lora_parameters(subject.matrices, lora_rank)

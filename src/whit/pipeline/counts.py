@@ -21,6 +21,7 @@ from whit.grids.floats import Float
 from whit.grids.grid import Grid
 from whit.pipeline.duration import (
     CHECK,
+    DECODE,
     DOCUMENTATION,
     FACTOR,
     LONE_FACTOR,
@@ -180,7 +181,10 @@ def _rounded(steps: Sequence[Step]) -> Work:
     batch: list[Item] = []
     waiting = 0
     for step in steps:
-        alone.append(Amount("packing", (PACK, step.type), rows=step.tensor.n_weights))
+        alone += [
+            _packed(step),
+            Amount("packing", (DECODE, step.type), rows=step.tensor.n_weights),
+        ]  # the block runs on
         if not step.needs_moments:
             alone += _plain(step)
             continue
@@ -280,6 +284,9 @@ def _verdict_work(plan: Plan, windows: int, length: int) -> Work:
     """The look at what was written: every tensor read back, and both models on a few windows (none when too large)."""
     blocks, _ = split(plan.steps)
     alone = [
+        Amount("verdict", (DECODE, step.type), rows=step.tensor.n_weights) for step in plan.steps
+    ]  # for its sketch
+    alone += [
         Amount("verdict", (CHECK, step.type), rows=step.tensor.n_weights, times=2 if windows else 1)
         for step in plan.steps
     ]

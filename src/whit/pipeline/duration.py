@@ -22,7 +22,8 @@ PREDICT = "predict"  # logits of two models at rows positions, compared
 STEP = "step"  # one token of rows texts that the model writes, through cols blocks
 START = "start"  # the program itself
 SAMPLE = "sample"  # a method: error feedback as rescaling tries it out
-PACK, CHECK = "pack", "check"  # (PACK, type): rows weights made bytes; (CHECK, type): read back by the other decoder
+# of a type, (PACK, type): rows weights made bytes; made values again; read back by the other decoder
+PACK, DECODE, CHECK = "pack", "decode", "check"
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ class Machine:
         """Codes made values and bytes, and bytes read back by the other decoder; folders by their codes alone."""
         found: dict[Hashable, Law] = {}
         for kind in work.kinds():
-            if isinstance(kind, tuple) and kind[0] in (kinds.PACK, kinds.CHECK):
+            if isinstance(kind, tuple) and kind[0] in (kinds.PACK, kinds.DECODE, kinds.CHECK):
                 found[kind] = self._type(kind[0], str(kind[1]))
         return found
 
@@ -239,22 +239,15 @@ class Machine:
         quantized = _quantized(name, self._random)
         n, kind = quantized.shape[0] * quantized.shape[1], GGML_TYPES.get(name)
         direction = torch.ones(quantized.shape[1])
-        if what == kinds.PACK:
-
-            def pack() -> None:
-                for _ in range(2):  # for the block that runs on, and for the verdict's sketch
-                    W = quantized.dequantize()
-                _ = W @ direction
-                if kind is not None:
-                    kind.pack(quantized)
-
-            return powers(_timed(pack), n, 1, of_rows=1)
-        if kind is None:
+        if what == kinds.PACK and kind is not None:
+            packed = kind
+            return powers(_timed(lambda: packed.pack(quantized)), n, 1, of_rows=1)
+        if kind is None or what == kinds.DECODE:  # words of folders take about as long as values
             return powers(_timed(lambda: quantized.dequantize() @ direction), n, 1, of_rows=1)
         raw = kind.pack(quantized).numpy().reshape(quantized.shape[0], -1)
 
         def check() -> None:
-            values = np.array(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]), dtype=np.float32)
+            values = np.ascontiguousarray(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]), np.float32)
             _ = torch.from_numpy(values) @ direction
 
         return powers(_timed(check), n, 1, of_rows=1)
