@@ -198,6 +198,12 @@ def test_a_console_block_gets_what_its_commands_print_and_nothing_else_changes(t
     assert new == page.replace("stale\n", "old\n").replace("file\n```", "file\n1\n```")
 
 
+def test_blocks_without_the_words_that_are_asked_for_stay_as_they_are(tmp_path: Path) -> None:
+    page = "```console\n$ echo one\nstale\n```\n\n```console\n$ echo two\nstale\n```\n"
+    new = examples.filled(page, tmp_path, dict(os.environ), "echo two")
+    assert new == page.replace("two\nstale", "two\ntwo")
+
+
 def test_commands_that_fail_or_succeed_against_their_word_stop_the_examples(tmp_path: Path) -> None:
     fails = "```console fails\n$ echo no; false\n```\n"
     assert examples.filled(fails, tmp_path, dict(os.environ)) == fails.replace("false\n", "false\nno\n")

@@ -14,10 +14,11 @@ from whit.grids.floats import Float
 from whit.memory import Shape, shape_from_config
 from whit.models.model import Model
 from whit.pipeline.counts import HEADS, split
-from whit.pipeline.forecast import CALIBRATED
 from whit.pipeline.plan import Plan, Step
 from whit.tune.train import Tuning
 
+BEGUN = 650e6  # bytes of a process that has quantized the file and written text
+KERNELS = 850e6  # that oneDNN keeps, one for every number of tokens that an expert was given
 FLOAT, HALF = 4, 2  # bytes
 CODE = 2  # bytes per weight of codes: those of the start, and those that there are now
 SCALE = 12  # bytes per scale or minimum: as stored, its change, and copies of it
@@ -33,7 +34,8 @@ def ram_bytes(model: Model, plan: Plan, tuning: Tuning, windows: int, length: in
     """
     by_blocks, end = _peaks(model, plan, tuning, windows, length, followed)
     decoded = FLOAT * _n_trained(plan)  # for the first look at other text; the C library keeps it for what comes
-    return CALIBRATED + max(by_blocks + decoded if followed else 0.0, end)
+    kernels = KERNELS if any(len(step.tensor.shape) == 3 for step in plan.steps) else 0.0
+    return BEGUN + kernels + max(by_blocks + decoded if followed else 0.0, end)
 
 
 def device_bytes(model: Model, plan: Plan, tuning: Tuning, windows: int, length: int, followed: bool = True) -> float:

@@ -35,7 +35,8 @@ from whit.tune.train import CHECKS, Run, Tuning
 # What is timed; rows of an amount are the blocks of the model.
 DRAWN, LOOK, METRIC, FOLLOW, BLOCK, END = "drawn", "look", "metric", "follow", "block step", "step"
 WINDOWS = 3  # of random tokens, one of them to decide on
-STEPS = 2  # in a block
+STEPS = 3  # in a block
+REPEATED = 2
 
 
 def tuning_work(plan: Plan, tuning: Tuning, windows: int, held_out: int, resampled: int) -> Work:
@@ -73,7 +74,9 @@ def tuning_laws(model: Model, plan: Plan, tuning: Tuning, length: int, resampled
     Raises ModelError for what transformers cannot build.
     """
     grid = _grid(plan)
-    one, two = (_measured(model, depth, grid, tuning, length, resampled) for depth in (1, 2))
+    measured: list[dict[Hashable, Cost]] = []
+    whole = once(lambda: measured.extend(_measured(model, depth, grid, tuning, length, resampled) for depth in (1, 2)))
+    one, two = ({kind: _on_the_clock(cost, whole) for kind, cost in each.items()} for each in measured)
     found: dict[Hashable, Law] = {kind: _by_depth(one[kind], two[kind]) for kind in one if kind in two}
     for kind in (FOLLOW, BLOCK):
         found[kind] = powers(one.get(kind, NOTHING), 1, 1, of_rows=1)
@@ -101,7 +104,7 @@ def _measured(
     ids = torch.randint(vocabulary, (WINDOWS, length), generator=torch.Generator().manual_seed(0))
     quantize(student, weights=grid, exclude=_ends(student))
     learners = learn(student, tuning.train, tuning.rank, tuning.seed, codes_later=True)
-    run = Run(student, learners, ids, 1, replace(tuning, steps=STEPS))
+    run = Run(student, learners, ids, 1, replace(tuning, steps=1 + REPEATED))
     teacher = Teacher(original, run.ids, 1)
     if resampled:
         found[DRAWN] = _one_more(lambda n: resampled_windows(cut, ids[:n], resampled))
@@ -112,9 +115,9 @@ def _measured(
         blocks.rest()
     teacher.read(None, lambda done, total, what: None)
     run.held_out(teacher)
-    found[LOOK] = once(lambda: run.held_out(teacher))
+    found[LOOK] = _least(lambda: run.held_out(teacher))
     run.advance(teacher)
-    found[END] = once(lambda: run.advance(teacher))
+    found[END] = _least(lambda: run.advance(teacher))
     return found
 
 
@@ -128,10 +131,11 @@ def _in_a_block(blocks: Blocks, own: Own, tuning: Tuning) -> dict[Hashable, Cost
         blocks.train(0, own, Adam(own, {}, tuning.rates), steps, tuning.block_batch, tuning.seed)
 
     trained(1)  # the metric is found, memory is asked for
-    passes, some = once(lambda: trained(0)), once(lambda: trained(STEPS))
+    passes = _least(lambda: blocks.follow(0))
+    none, some = _least(lambda: trained(0)), _least(lambda: trained(STEPS))
     for learner, _ in own:
         learner.commit()
-    return {FOLLOW: passes * (1 / (2 * WINDOWS + 2)), BLOCK: positive(some + passes * -1) * (1 / STEPS)}
+    return {FOLLOW: passes * (1 / WINDOWS), BLOCK: positive(some + none * -1) * (1 / STEPS)}
 
 
 def _ends(module: nn.Module) -> list[str]:
@@ -143,8 +147,20 @@ def _ends(module: nn.Module) -> list[str]:
 def _one_more(function: Callable[[int], object]) -> Cost:
     """What the second window takes, once the first has asked for memory and chosen kernels."""
     function(1)
-    one = once(lambda: function(1))
-    return positive(once(lambda: function(2)) + one * -1)
+    one = _least(lambda: function(1))
+    return positive(_least(lambda: function(2)) + one * -1)
+
+
+def _on_the_clock(cost: Cost, whole: Cost) -> Cost:
+    """Seconds of processors as the clock had them for all that was timed: what one call waits for others is chance."""
+    return Cost(cost.cpu * whole.wall / whole.cpu, cost.cpu)
+
+
+def _least(function: Callable[[], object]) -> Cost:
+    """The least of some calls: differences of what takes long are multiplied by the blocks, and what else the machine
+    does with them.
+    """
+    return min((once(function) for _ in range(REPEATED)), key=lambda each: each.cpu)
 
 
 def _by_depth(one: Cost, two: Cost) -> Law:
