@@ -105,7 +105,8 @@ def scan(written: Model, second: Decoded, original: Model, progress: Progress | 
             difference = (first.view(Q[name].shape) - Q[name]).norm() / first.norm().clamp_min(1e-30)
             if not difference <= AGREE:  # not a number is no agreement
                 disagree[name] = difference.item()
-            damages[name] = _damage(frame.undo(name, Q[name]), W[name], grid, _others(name, theirs))
+            columns = frame.columns.get(name)
+            damages[name] = _damage(frame.undo(name, Q[name]), W[name], grid, _others(name, theirs), columns)
             done += theirs[name].n_weights
     tell(total, total, "looked at all tensors")
     return Scan({name: damages[name] for name in names}, types, bits, disagree, frame)
@@ -150,16 +151,26 @@ def _bits(written: Model, grid: Grid | None, name: str, tensor: GGUFTensor) -> f
     return math.nan if file is None else 8 * file.info(name).n_bytes / tensor.n_weights
 
 
-def _damage(Q: Tensor, W: Tensor, grid: Grid | None, others: Mapping[str, Read]) -> Damage:
+def _damage(
+    Q: Tensor, W: Tensor, grid: Grid | None, others: Mapping[str, Read], columns: Tensor | None = None
+) -> Damage:
+    """columns  [cols] what they are multiplied with in the file: plain rounding loses other weights there"""
     if W.dim() < 2:
         return vector_damage(Q, W, others)
 
     def rounded(rows: Tensor) -> Tensor:
-        return nearest(rows, grid).dequantize() if grid else rows * UNKNOWN
+        if grid is None:
+            return rows * UNKNOWN
+        return nearest(rows, grid).dequantize() if columns is None else _within(rows, grid, columns)
 
     span = grid.spans(W.shape[-1])[-1] if grid else CHUNK
     width = max(CHUNK, min(span, WIDEST))
     return matrix_damage(Q.reshape(-1, Q.shape[-1]), W.reshape(-1, W.shape[-1]), rounded, others, width)
+
+
+def _within(rows: Tensor, grid: Grid, columns: Tensor) -> Tensor:
+    """Plain rounding of rescaled columns, scaled back."""
+    return nearest(rows * columns, grid).dequantize() / columns
 
 
 def _others(name: str, tensors: Mapping[str, GGUFTensor]) -> dict[str, Read]:
