@@ -120,10 +120,14 @@ def test_a_damaged_variant_is_named_and_there_is_no_card(
         result.path.write_bytes(raw)
         return result
 
-    monkeypatch.setattr(job, "write_model", spoiled)
-    assert run(["release", str(llama), "-o", str(tmp_path / "out"), "--variants", "q8_0", *OPTIONS]) == 1
+    command = ["release", str(llama), "-o", str(tmp_path / "out"), "--variants", "q8_0", *OPTIONS]
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "write_model", spoiled)
+        assert run(command) == 1
     assert "Toy-1M.Q8_0.gguf" in capsys.readouterr().err
     assert not (tmp_path / "out" / "README.md").exists()
+    assert run(command) == 0  # made again
+    assert (tmp_path / "out" / "README.md").exists()
 
 
 def test_a_page_for_browsers_is_added_when_there_is_a_file_for_it(

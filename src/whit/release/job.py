@@ -5,7 +5,8 @@
                    statistics/   second moments of the original model (pipeline/statistics.py)
                    records.json  what is known of finished variants
 
-A variant is finished when its record is there and its files have the checksums in it. Whatever is not is made again:
+A variant is finished when its record is there, says that it passed, and its files have the checksums in it. Whatever is
+not is made again:
 everything is deterministic, so that a release that was stopped anywhere ends with the same bytes as one that was not.
 What stands in the card beside speeds is so, too. The folder beside the release goes when that is whole.
 """
@@ -117,7 +118,8 @@ class Job:
     def outcome(self, variant: Variant) -> Outcome:
         """Make a variant, or find it. Raises what the writers raise, CheckFailedError when it cannot even be run."""
         record = self._records.get(variant.file)
-        if record is not None and record.digest == digest(variant) and record.holds(self._order.out):
+        finished = record is not None and record.digest == digest(variant) and record.holds(self._order.out)
+        if record is not None and finished and record.word not in FAILED:
             return Outcome(record, kept=True)
         self._begin()
         path, intended = self._order.out / variant.file, Intended()
