@@ -198,9 +198,9 @@ def _print_table(console: Console, records: list[Record]) -> None:
     chosen = choices(records)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    table.add_column("file", no_wrap=True)
+    table.add_column("file", overflow="fold")  # figures are never cut, in a narrow terminal names take two lines
     for title in ("bits", "MB", "RAM, MB", "KL", "same top, %", "tokens/s"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for each in records:
         table.add_row(
             "*" if chosen[each.file].recommended else "",
