@@ -8,6 +8,8 @@ more.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,11 +95,13 @@ def look(
     ram     bytes that the process may take, None for what there is
     Raises nothing of its own: a file that cannot be read is a fault.
     """
+    _give_back()
     try:
         read = decoded(open_model(path)).model
         wrong = intended.differing(read)
     except WhitError as error:
         return Look(verdict(None, (), str(error)), None, "", 0, (str(error),))
+    _give_back()
     faults: tuple[str, ...] = ()
     if wrong:
         faults = (f"{len(wrong)} of {len(intended)} tensors are not what was to be written ({wrong[0]})",)
@@ -114,6 +118,12 @@ def look(
             reason = str(error)
     found = verdict(result, faults) if faults or result is not None else None
     return Look(found, result, reason, len(intended), faults)
+
+
+def _give_back() -> None:
+    """Let the system have what rounding has freed: the allocator keeps it, and it would come on top of the models."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def affordable(original: Model, length: int, ram: int | None = None) -> tuple[int, str]:
