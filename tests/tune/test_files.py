@@ -133,15 +133,16 @@ def test_scales_and_low_rank(train: str, tmp_path: Path) -> None:
     assert scales > 0
 
 
-def test_outliers_beside_codes_learn_and_levels_and_codes_stay_with_scales(tmp_path: Path) -> None:
+def test_levels_and_outliers_beside_codes_learn_and_codes_stay_with_scales(tmp_path: Path) -> None:
     original, file = saved("llama", "whit-kmeans2+2%", tmp_path)
     settings = replace(QUICK, train="scales")
     found = tune_file(open_model(file), tmp_path / "out", TRAIN, HELD_OUT, open_model(original), settings)
     assert found.changed
     first, second = (load_file(each / "model.safetensors") for each in (file, tmp_path / "out"))
     moved = {name.rpartition(".")[2] for name, value in first.items() if not torch.equal(value, second[name])}
-    assert moved == {"weight", "weight_values"}  # norms, and what lies beside
-    assert all(not torch.equal(value, second[name]) for name, value in first.items() if name.endswith("weight_values"))
+    assert moved == {"weight", "weight_levels", "weight_values"}  # norms, tables, and what lies beside
+    learned = [name for name in first if name.endswith(("weight_levels", "weight_values"))]
+    assert not any(torch.equal(first[name], second[name]) for name in learned)
 
 
 def test_the_evaluator_sees_the_gain(tmp_path: Path) -> None:
