@@ -50,7 +50,7 @@ def main() -> None:
             sys.exit(ran.stderr)
         return {"status": ran.returncode, **json.loads(ran.stdout)}
 
-    every = sorted(arguments.release.iterdir())
+    every = sorted(path for path in arguments.release.iterdir() if not path.name.endswith("imatrix.gguf"))
     kept = [path for path in every if path.suffix == ".gguf" or (path / "config.json").exists()]
     print("| file as it is | verdict | KL | s |\n|---|---|---|---|", flush=True)
     sound = 0
