@@ -119,3 +119,9 @@ def test_any_report_has_advice(files: list[FileFacts]) -> None:
     found = advice(report(*files))
     assert found[0].topic == "Which file to take"
     assert all(sentence.endswith(".") for each in found for sentence in each.sentences)
+
+
+def test_files_for_other_runtimes_are_not_held_against_each_other() -> None:
+    small, folder = file("small", 90 * MB, 0.01), replace(file("folder", 95 * MB, 0.08), kind="awq")
+    assert not beaten([small, folder])
+    assert set(beaten([small, replace(folder, kind=small.kind)])) == {"folder"}

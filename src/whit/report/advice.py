@@ -17,6 +17,7 @@ from whit.evaluation.divergence import mean_and_error
 from whit.evaluation.verdict import EXCELLENT, GOOD, USABLE
 from whit.report.facts import Coverage, FileFacts, Matrix, Report, by_size
 
+GGUF = "GGUF"  # a kind of file
 CLEAR = 2.0  # standard errors
 STANDS_OUT = 0.2  # share of a file's loss that one tensor makes
 WORSE = 1.25  # times the error of the rest: a kind of matrices that stands out
@@ -46,12 +47,14 @@ def advice(report: Report) -> tuple[Advice, ...]:
 
 
 def beaten(files: Sequence[FileFacts]) -> dict[str, FileFacts]:
-    """Files beside which another is no larger and loses clearly less: by name, with the best of those others."""
+    """Files beside which another is no larger and loses clearly less: by name, with the best of those others.
+
+    GGUF files and folders are for other runtimes, and are not held against each other.
+    """
     found = {}
     for each in files:
-        better = [
-            other for other in files if other is not each and other.n_bytes <= each.n_bytes and _less(other, each)
-        ]
+        alike = [other for other in files if other is not each and (other.kind == GGUF) == (each.kind == GGUF)]
+        better = [other for other in alike if other.n_bytes <= each.n_bytes and _less(other, each)]
         if better:
             found[each.name] = min(better, key=loss)
     return found
@@ -235,7 +238,7 @@ def _better(file: FileFacts) -> Iterator[str]:
             "still gain something at this size."
         )
     role = worst_role(file.matrices)
-    if role is not None and file.kind == "GGUF":
+    if role is not None and file.kind == GGUF:
         pattern = (
             f"blk.*.{role[0]}"
             if any(each.role == role[0] and each.block is not None for each in file.matrices)
