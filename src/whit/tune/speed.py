@@ -47,9 +47,8 @@ def tuning_work(plan: Plan, tuning: Tuning, windows: int, held_out: int, resampl
     resampled  copies of each that the original draws anew in part
     """
     depth, all_of_them = len(split(plan.steps)[0]), windows * (1 + resampled)
-    looks = 2 + len(
-        range(0, tuning.steps, max(1, tuning.steps // CHECKS))
-    )  # before, after the blocks, and between steps
+    between = range(0, tuning.steps, max(1, tuning.steps // CHECKS))
+    looks = 2 + len(between)  # the first two: before, and after the blocks
     alone = [
         Amount("reading", READ, rows=depth, times=2),  # the file and its original
         Amount("text drawn anew", DRAWN, rows=depth, times=windows if resampled else 0),
