@@ -30,11 +30,13 @@ class Proxied:
 
     async def __aenter__(self) -> Proxied:
         # Reading a long prompt takes as long as it takes. The front limits how many there are at once.
+        # A connection for each request: llama.cpp closes idle ones after some seconds or a hundred requests, and a
+        # request sent at that moment is lost; while they are open each keeps one of its threads.
         self._client = httpx2.AsyncClient(
             base_url=self._runtime.wait(),
             headers={"Authorization": f"Bearer {self._key}"},
             timeout=None,
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
         )
         return self
