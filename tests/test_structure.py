@@ -15,8 +15,8 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.p
 # Imports go to rooms with a lower number, or stay inside the room.
 LAYERS = {
     "errors": -1,
-    "numerics": 0, "parallel": 0, "devices": 0, "allocator": 0, "memory": 0, "products": 0, "native": 0,
-    "grids": 1, "ranks": 1,
+    "numerics": 0, "parallel": 0, "devices": 0, "allocator": 0, "shape": 0, "products": 0, "native": 0,
+    "grids": 1, "ranks": 1, "memory": 1,
     "kernels": 2, "rounding": 2, "layouts": 2,
     "checkpoints": 3, "calibration": 3, "transforms": 3,
     "models": 4, "web": 4,

@@ -12,9 +12,10 @@ from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.cli.app import run
 from whit.cli.budget import file_bytes, parse_size, read_damages, write_damages
 from whit.errors import RecipeError
-from whit.memory import run_bytes, shape_from_config
+from whit.memory import run_bytes
 from whit.models.open import open_model
 from whit.pipeline.allocate import Allocator
+from whit.shape import shape_from_config
 
 FAST = ["--preset", "fast", "--windows", "3"]
 

@@ -12,7 +12,7 @@ import torch
 from alive import Alive
 from tiny import random_tokens, save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
-from whit.memory import run_bytes, shape_from_config
+from whit.memory import run_bytes
 from whit.models.links import Links
 from whit.models.open import open_model
 from whit.models.stream import BlockStream
@@ -24,6 +24,7 @@ from whit.pipeline.quantize import model_view, plan_gguf
 from whit.ranks import ALONE
 from whit.recipes.folders import folder_recipe
 from whit.recipes.named import recipe_named
+from whit.shape import shape_from_config
 
 LENGTH = 128
 SIZES = {"hidden_size": 256, "head_dim": 64, "vocab_size": TOY_VOCAB, "max_position_embeddings": LENGTH}

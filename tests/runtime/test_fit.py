@@ -9,7 +9,7 @@ import pytest
 from tiny import save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.errors import RecipeError
-from whit.memory import RunMemory, Shape
+from whit.memory import RunMemory
 from whit.models.open import open_model
 from whit.pipeline.folder import write_model
 from whit.pipeline.quantize import write_gguf
@@ -17,6 +17,7 @@ from whit.recipes.folders import folder_recipe
 from whit.recipes.named import recipe_named
 from whit.runtime.choose import prepare
 from whit.runtime.fit import check_fits, folder_needs, free_memory, gguf_needs, gguf_shape
+from whit.shape import Shape
 
 MB = 10**6
 

@@ -11,11 +11,11 @@ from alive import Alive
 from tiny import random_tokens, save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.live.checkpoint import live_model
-from whit.memory import shape_from_config
 from whit.models.open import open_model
 from whit.pipeline.folder import plan_model, write_model
 from whit.products import has_bfloat16
 from whit.recipes.folders import folder_recipe
+from whit.shape import shape_from_config
 from whit.tune.forecast import device_bytes, ram_bytes
 from whit.tune.moving import learn
 from whit.tune.teacher import Teacher

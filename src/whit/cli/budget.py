@@ -20,11 +20,12 @@ from whit.cli.progress import progress_bar
 from whit.errors import RecipeError
 from whit.grids.floats import Float
 from whit.grids.named import grid_named
-from whit.memory import kv_cache_bytes, shape_from_config, working_bytes
+from whit.memory import kv_cache_bytes, working_bytes
 from whit.models.model import Model
 from whit.pipeline.allocate import Allocator, Damages
 from whit.pipeline.effort import Calibration
 from whit.pipeline.quantize import Result
+from whit.shape import shape_from_config
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(r"(\d[\d_]*\.?\d*|\.\d+)\s*([a-z]*)", re.IGNORECASE)

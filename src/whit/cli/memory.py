@@ -27,22 +27,17 @@ from whit.memory import (
     RUNTIMES,
     Lora,
     RunMemory,
-    Shape,
     TrainingMemory,
-    count_parameters,
     looks_like_count,
     lora_parameters,
     parse_count,
-    plausible_shape,
     run_bytes,
-    shape_from_config,
     storage_bytes,
-    text_config,
     train_bytes,
-    widest_used_row,
 )
 from whit.models.model import Model
 from whit.models.open import open_model
+from whit.shape import Shape, count_parameters, plausible_shape, shape_from_config, text_config, widest_used_row
 
 DEFAULT_CONTEXT = 8192
 # What llama.cpp can keep its KV cache in.

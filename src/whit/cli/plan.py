@@ -20,7 +20,7 @@ from whit.cli.keep import KEEP_HELP, TYPES_HELP, check_types, types_of
 from whit.cli.quantize import exception_lines
 from whit.cli.tune import RESAMPLED, WINDOWS
 from whit.errors import CheckFailedError, RecipeError
-from whit.memory import LLAMA_CPP, VLLM, RunMemory, run_bytes, shape_from_config
+from whit.memory import LLAMA_CPP, VLLM, RunMemory, run_bytes
 from whit.models.model import Model
 from whit.models.open import open_headers
 from whit.pipeline.afterwards import affordable
@@ -36,6 +36,7 @@ from whit.pipeline.targets import GGUF, LAYOUTS
 from whit.recipes.folders import folder_recipe
 from whit.recipes.named import recipe_named
 from whit.rounding.methods import FLOORED
+from whit.shape import shape_from_config
 
 CANDIDATES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k", "gptq-4bit-g128", "w4a16", "w8a8", "fp8")
 CONTEXT = 8192

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from whit.errors import RecipeError
-from whit.memory import kv_cache_bytes, shape_from_config
+from whit.memory import kv_cache_bytes
 from whit.models.model import Model
 from whit.pipeline.counts import Text
 from whit.pipeline.effort import Calibration
 from whit.pipeline.plain import AHEAD
 from whit.pipeline.plan import Plan, Step
 from whit.pipeline.rounder import BATCH
+from whit.shape import shape_from_config
 
 PLAIN, CALIBRATED = 290e6, 465e6  # bytes with all imports; the second with transformers and a tokenizer
 VERDICT = 680e6  # the same with logits of two models compared

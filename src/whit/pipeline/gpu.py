@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 
-from whit.memory import RunMemory, Shape, shape_from_config, text_config
+from whit.memory import RunMemory
 from whit.models.model import Model
 from whit.pipeline.counts import split
 from whit.pipeline.forecast import inputs_of, needs_text
 from whit.pipeline.inputs import TOGETHER
 from whit.pipeline.plan import Plan, Step
+from whit.shape import Shape, shape_from_config, text_config
 
 FLOAT = 4  # bytes
 GATED, ARRIVED, SCORES = (

@@ -28,7 +28,7 @@ from whit.checkpoints.checked import read_checked, write_checked
 from whit.checkpoints.imatrix import write_imatrix
 from whit.errors import BrokenFileError, CheckFailedError, OutputError, WhitError
 from whit.evaluation.verdict import BROKEN, FAILED
-from whit.memory import run_bytes, shape_from_config
+from whit.memory import run_bytes
 from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.afterwards import Intended
@@ -43,6 +43,7 @@ from whit.recipes.named import recipe_named
 from whit.release.record import Record, checksums, read_records, write_records
 from whit.release.speed import machine, tokens_per_second
 from whit.release.variants import Variant
+from whit.shape import shape_from_config
 
 CONTEXT = 4096  # tokens, for memory; or what the model reads
 RUN, TEXT, STATISTICS, RECORDS = "run", "text", "statistics", "records.json"

@@ -18,9 +18,10 @@ from whit.checkpoints.gguf import GGUFFile
 from whit.checkpoints.quantized import QuantizedTensors
 from whit.checkpoints.stacked import METHOD
 from whit.errors import ModelError, RecipeError
-from whit.memory import GB, RunMemory, Shape, run_bytes, shape_from_config
+from whit.memory import GB, RunMemory, run_bytes
 from whit.models.model import Model
 from whit.models.open import open_model
+from whit.shape import Shape, shape_from_config
 
 STEP = 256  # contexts that are suggested are multiples of it
 LIVE_BITS = 32  # of a cached number in a live model; llama.cpp keeps 16

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 
 from whit.grids.floats import Float
-from whit.memory import Shape, shape_from_config
 from whit.models.model import Model
 from whit.pipeline.counts import HEADS, split
 from whit.pipeline.plan import Plan, Step
+from whit.shape import Shape, shape_from_config
 from whit.tune.train import Tuning
 
 BEGUN = 650e6  # bytes of a process that has quantized the file and written text
