@@ -22,7 +22,7 @@ from bench import peers
 from bench.peers import WORK
 
 SCRIPTS = Path(__file__).parent / "peer_scripts"
-SHAPES = ((4096, 4096), (11008, 4096))
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 COLD_BYTES = 6e8
 MANY = 64  # rows of x from which arithmetic decides, and one matrix will do
 # What is compared with what: ours, and the fastest of these.

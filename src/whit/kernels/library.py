@@ -31,6 +31,7 @@ Matrix = tuple[
     Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int, int, int, float
 ]
 N_TENSORS = 6  # with which it begins
+Pointers = tuple[Any, ...]
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _MATRIX = (_P, _P, _I, _P, _I, _P, _L, _P, _I, _P, _L, _L, _L, _I, _L, _I, ctypes.c_float)
@@ -68,8 +69,11 @@ class Native:
         """Use the kernels of this instruction set from now on; False where the processor lacks it. For tests."""
         return bool(self.library.whit_choose(name.encode()))
 
-    def linear(self, x: Tensor, bias: Tensor | None, *matrix: *Matrix) -> Tensor:
-        """As `matmul.linear`."""
+    def linear(self, x: Tensor, bias: Tensor | None, matrix: Matrix, pointers: Pointers) -> Tensor:
+        """As `matmul.linear`.
+
+        pointers  `pointers_of(matrix)`
+        """
         rows, cols = shape_of(matrix)
         _check(x, bias, rows, cols)
         x = x.contiguous()
@@ -79,7 +83,7 @@ class Native:
         if m >= MANY_TILED:
             done = self.library.whit_linear_many(
                 x.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[x.dtype],
-                torch.get_num_threads(), *_pointers(matrix),
+                torch.get_num_threads(), *pointers,
             )  # fmt: skip
             if done:
                 return y
@@ -88,14 +92,20 @@ class Native:
         if m:
             self._linear(
                 x.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[x.dtype],
-                torch.get_num_threads(), *_pointers(matrix),
+                torch.get_num_threads(), *pointers,
             )  # fmt: skip
         return y
 
     def linear_int8(
-        self, x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: *Matrix
+        self,
+        x: Tensor,
+        x_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        matrix: Matrix,
+        pointers: Pointers,
     ) -> Tensor:
-        """As `matmul.linear_int8`."""
+        """As `matmul.linear_int8`; pointers as in `linear`."""
         rows, cols = shape_of(matrix)
         _check(x, bias, rows, cols)
         if x_scale.numel() not in (1, x.numel() // cols) or x.dtype != torch.int8:
@@ -111,7 +121,7 @@ class Native:
             arguments = (
                 x.data_ptr(), m, x_scale.data_ptr(), 0 if x_scale.numel() == 1 else 1,
                 None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[dtype],
-                torch.get_num_threads(), *_pointers(matrix),
+                torch.get_num_threads(), *pointers,
             )  # fmt: skip
             if function(*arguments) == 0:
                 if m >= MANY[torch.float32]:  # levels that are no integers
@@ -147,13 +157,18 @@ class Native:
             raise IndexError(f"a matrix of {rows} rows has no row {int(index.min())} or {int(index.max())}")
         out = torch.empty((*index.shape, cols), dtype=dtype)
         self.library.whit_rows(
-            index.data_ptr(), index.numel(), out.data_ptr(), FLOATS[dtype], torch.get_num_threads(), *_pointers(matrix)
+            index.data_ptr(),
+            index.numel(),
+            out.data_ptr(),
+            FLOATS[dtype],
+            torch.get_num_threads(),
+            *pointers_of(matrix),
         )
         return out
 
     def _decode(self, first: int, last: int, out: Tensor, matrix: Matrix) -> None:
         self.library.whit_dequantize(
-            first, last, out.data_ptr(), FLOATS[out.dtype], torch.get_num_threads(), *_pointers(matrix)
+            first, last, out.data_ptr(), FLOATS[out.dtype], torch.get_num_threads(), *pointers_of(matrix)
         )
 
     def _slabs(self, x: Tensor, bias: Tensor | None, matrix: Matrix) -> Tensor:
@@ -163,7 +178,7 @@ class Native:
         y = x.new_empty((flat.shape[0], rows))
         step = max(1, SLAB_BYTES // (cols * x.element_size()) // 16) * 16
         slab = x.new_empty((min(step, rows), cols))
-        pointers = _pointers(matrix)
+        pointers = pointers_of(matrix)
         for first in range(0, rows, step):
             last = min(first + step, rows)
             part = slab[: last - first]
@@ -193,8 +208,8 @@ def shape_of(matrix: Matrix) -> tuple[int, int]:
     return matrix[6], matrix[7]
 
 
-def _pointers(matrix: Matrix) -> tuple[Any, ...]:
-    """A matrix as the library takes it."""
+def pointers_of(matrix: Matrix) -> Pointers:
+    """A matrix as the library takes it, as long as its tensors stay where they are."""
     codes, scale, offset, table, columns, beside, rows, cols, bits, group, zero, unit = matrix
     step = 0 if scale is not None or table is None or len(table) == 1 else table.shape[1]  # one table of the matrix: 0
     return (

@@ -28,6 +28,8 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     form = packed.form
     if form.kind is Kind.PLAIN:
         return ops.plain_linear(x, _decoded(packed), bias)
+    if library.NATIVE is not None and _unwatched(x) and x.dtype in library.FLOATS:
+        return library.NATIVE.linear(x, bias, *_ready(packed))
     return torch.ops.whit.linear.default(x, bias, *_matrix(packed, form))
 
 
@@ -45,6 +47,8 @@ def linear_int8(
     if form.kind is Kind.PLAIN:
         y = torch.nn.functional.linear(x.float(), _decoded(packed)) * scale
         return (y if bias is None else y + bias).to(dtype)
+    if library.NATIVE is not None and _unwatched(x):
+        return library.NATIVE.linear_int8(x, scale, bias, dtype, *_ready(packed))
     return torch.ops.whit.linear_int8.default(x, scale, bias, dtype, *_matrix(packed, form))
 
 
@@ -54,6 +58,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x  [..., cols] float32, bfloat16 or float16
     A row of zeros has scale 1 and codes 0.
     """
+    if library.NATIVE is not None and _unwatched(x) and x.dtype in library.FLOATS:
+        return library.NATIVE.quantize_rows(x)
     return torch.ops.whit.quantize_rows.default(x)
 
 
@@ -79,6 +85,34 @@ def rows(packed: Packed, index: Tensor, dtype: torch.dtype = torch.float32) -> T
 def native() -> str:
     """Which native code is used: "avx512-vnni", "avx2", "neon", "generic", or "none" without any."""
     return "none" if library.NATIVE is None else library.NATIVE.name
+
+
+def _unwatched(x: Tensor) -> bool:
+    """Whether nothing but a product's numbers is asked for, so that torch need not know of it.
+
+    Its dispatcher takes longer than a small product, and much longer when a large one has just emptied the caches.
+    Gradients, compilers, traces, modes and transformations (`torch.func`) need the operator.
+    """
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _ready(packed: Packed) -> tuple[Matrix, library.Pointers]:
+    """A matrix's tensors and where they are, remembered as long as they are there."""
+    known: tuple[tuple[int, ...], Matrix, library.Pointers] | None = packed.__dict__.get("_ready")
+    at = tuple([buffer.data_ptr() for buffer in packed.buffers.values()])
+    if known is None or known[0] != at:
+        matrix = _matrix(packed, packed.form)
+        known = at, matrix, library.pointers_of(matrix)
+        packed.__dict__["_ready"] = known
+    return known[1], known[2]
 
 
 def _matrix(packed: Packed, form: Form) -> Matrix:

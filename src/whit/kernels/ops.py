@@ -45,13 +45,13 @@ def name_of(grid: Grid) -> str:
 
 def _linear(x: Tensor, bias: Tensor | None, *matrix: Any) -> Tensor:
     if library.NATIVE is not None and x.is_cpu and x.dtype in library.FLOATS:
-        return library.NATIVE.linear(x, bias, *matrix)
+        return library.NATIVE.linear(x, bias, matrix, library.pointers_of(matrix))
     return reference.linear(x, reference.dequantize(*matrix), bias)
 
 
 def _linear_int8(x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: Any) -> Tensor:
     if library.NATIVE is not None and x.is_cpu:
-        return library.NATIVE.linear_int8(x, x_scale, bias, dtype, *matrix)
+        return library.NATIVE.linear_int8(x, x_scale, bias, dtype, matrix, library.pointers_of(matrix))
     return reference.linear_int8(x, x_scale, reference.dequantize(*matrix), bias, dtype)
 
 

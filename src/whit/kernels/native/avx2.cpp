@@ -48,8 +48,8 @@ struct V {
   static WHIT_INLINE Bytes lookup(Bytes table, Bytes codes) { return _mm256_shuffle_epi8(table, codes); }
   // SMALL: codes below 128, so that two products fit 16 bits (127 * 128 * 2 = 32512)
   template <bool SMALL>
-  static WHIT_INLINE Ints dot(Ints sum, Bytes codes, int32_t x) {
-    const __m256i four = _mm256_set1_epi32(x);
+  static WHIT_INLINE Ints dot(Ints sum, Bytes codes, const int8_t* x) {
+    const __m256i four = _mm256_set1_epi32(four_of(x));
     if constexpr (SMALL)
       return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, four), _mm256_set1_epi16(1)));
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
@@ -189,7 +189,7 @@ struct Book {
 
 #include "books.h"
 
-const Kernels kernels = {"avx2",    tile_float,       tiles_of<Integers>, tiles_of<Fixed>, plain_fixed,
+const Kernels kernels = {"avx2", false,    tile_float,       tiles_of<Integers>, tiles_of<Fixed>, plain_fixed,
                          row_float<Book>, plain_row_beside, plain_unpack,       plain_decode};
 
 }  // namespace

@@ -118,6 +118,14 @@ void fixed(const float* x, int64_t n, int8_t* digits, Places to, float* scale, i
         _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + to.at(i) + p * to.part), part[p]);
       continue;
     }
+    if constexpr (P == 2) {
+      if (to.depth == 4 && to.part == 4 && to.step == 8) {  // digits of four columns take turns
+        int8_t* at = digits + to.at(i);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_unpacklo_epi32(part[0], part[1]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at + 16), _mm_unpackhi_epi32(part[0], part[1]));
+        continue;
+      }
+    }
     alignas(16) int32_t fours[P][4];
     for (int p = 0; p < P; p++) _mm_store_si128(reinterpret_cast<__m128i*>(fours[p]), part[p]);
     for (int j = 0; j < 4; j++)
@@ -351,7 +359,7 @@ void decode(const Matrix& w, const uint8_t* codes, int64_t tile, int64_t lane, v
   }
 }
 
-const Kernels kernels = {"avx512-vnni", tiles_of<Floats>, tiles_of<Integers>, tiles_of<Fixed>,   fixed<PARTS>,
+const Kernels kernels = {"avx512-vnni", false, tiles_of<Floats>, tiles_of<Integers>, tiles_of<Fixed>,   fixed<PARTS>,
                          row_float<Book>, row_beside, unpack, decode, streams_of<1>, streams_of<PARTS>,
                          tiles_of<Halves>, fixed<HALF_PARTS>, streams_of<HALF_PARTS>};
 

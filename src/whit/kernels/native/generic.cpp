@@ -6,7 +6,7 @@ namespace {
 
 #include "portable.h"
 
-const Kernels kernels = {"generic",       plain_tile_float, plain_tile_int8, nullptr,     plain_fixed,
+const Kernels kernels = {"generic", false,       plain_tile_float, plain_tile_int8, nullptr,     plain_fixed,
                          plain_row_float, plain_row_beside, plain_unpack,    plain_decode};
 
 }  // namespace

@@ -4,6 +4,8 @@
 // V::ROWS rows are in a register: four codes of each as bytes, one sum of each as int32 or float32.
 // P parts of x: 1 for x of int8, PARTS or HALF_PARTS for x in fixed point.
 // T tiles take turns, group by group: more streams from memory are under way at a time.
+// GROUP: the columns of a group where they are known while compiling and make one segment, else 0. What is done once per
+// group then costs as much as the products of 32 columns, so that its loops and branches are worth being rid of.
 
 #ifndef WHIT_LAMBDA
 #define WHIT_LAMBDA __attribute__((always_inline))
@@ -36,7 +38,7 @@ WHIT_INLINE void quads(const uint8_t* block, typename V::Bytes* codes) {
   if constexpr (Q + 1 < quads_of<BITS>) quads<V, BITS, Q + 1>(block, codes);
 }
 
-template <class V, int BITS, int M, int P, bool TABLE, int T = 1>
+template <class V, int BITS, int M, int P, bool TABLE, int T = 1, int GROUP = 0>
 void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t first, float* out) {
   constexpr int n_quads = quads_of<BITS>;
   constexpr int64_t block = 4 * n_quads, block_bytes = block * LANES * BITS / 8;
@@ -45,12 +47,13 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
   constexpr bool flips = V::SIGNED && (BITS == 8 || TABLE);  // the product takes bytes from -128 to 127
   constexpr int chains = P == 1 && M < 4 ? 2 : 1;            // independent sums, where there would be too few
   const typename V::Bytes table = V::table(w.unsigned_levels);
-  const int64_t segments = (w.group + longest - 1) / longest;
+  static_assert(GROUP <= longest && GROUP % block == 0);
+  const int64_t group = GROUP ? GROUP : w.group, segments = GROUP ? 1 : (group + longest - 1) / longest;
+  const bool shifted = w.offset_kind == ZERO_POINT;
   const uint8_t* codes = w.codes + tile * w.row_bytes;
   const int8_t* x = a.q + first * a.stride * P;
-  // what the zero point, or the code of level 0, adds to a sum of codes
-  const auto offset = [&](int64_t at, int32_t x_sum) WHIT_LAMBDA {
-    if (w.offset_kind != ZERO_POINT) return V::ints((w.bias - 128 * flips) * x_sum);
+  const int64_t scale_bytes = LANES * bytes_of(w.scale_type);
+  const auto zero_point = [&](int64_t at, int32_t x_sum) WHIT_LAMBDA {  // what it adds to a sum of codes
     const typename V::Ints zero = V::widened(w.offset + at);
     return V::times(flips ? V::sub(zero, V::ints(128)) : zero, x_sum);
   };
@@ -59,15 +62,19 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
     for (int i = 0; i < M; i++) y[h][i] = V::floats(0.0f);
   for (int64_t g = 0; g < w.groups; g++) {
     const int64_t at = (tile * w.groups + g) * LANES;
-    for (int t = 0; t < T; t++) prefetch(w.scale + (at + t * w.groups * LANES) * bytes_of(w.scale_type), 1);
+    for (int t = 0; t < T; t++) prefetch(w.scale + (tile * w.groups + g + t * w.groups) * scale_bytes, 1);
     for (int64_t s = 0; s < segments; s++) {
-      const int64_t left = w.group - s * longest, n = left < longest ? left : longest;
+      const int64_t left = group - s * longest, n = left < longest ? left : longest;
       for (int h = 0; h < parts; h++) {
         const int64_t other = h / parts_of_tile, row = h % parts_of_tile * V::ROWS;
         typename V::Ints sums[M][P][chains];
-        for (int i = 0; i < M; i++)
+        for (int i = 0; i < M; i++) {
           for (int p = 0; p < P; p++)
             for (int c = 0; c < chains; c++) sums[i][p][c] = V::ints(0);
+          const int32_t* start = a.q_start + (((first + i) * w.groups + g) * segments + s) * (P == 1 ? 1 : 2);
+          sums[i][0][0] = V::ints(start[0]);
+          if constexpr (P > 1) sums[i][P - 1][0] = V::ints(start[1]);
+        }
         const uint8_t* from = codes + other * w.row_bytes + row * 4;
         for (int64_t col = 0; col < n; col += block, from += block_bytes) {
           typename V::Bytes code[n_quads];
@@ -78,10 +85,8 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
             if constexpr (flips) code[q] = V::flip(code[q]);
             for (int i = 0; i < M; i++)
               for (int p = 0; p < P; p++) {
-                int32_t four;
-                memcpy(&four, x + (i * a.stride + col + 4 * q) * P + 4 * p, 4);
                 auto& sum = sums[i][p][q % chains];
-                sum = V::template dot<(BITS < 8 && !TABLE)>(sum, code[q], four);
+                sum = V::template dot<(BITS < 8 && !TABLE)>(sum, code[q], x + (i * a.stride + col + 4 * q) * P + 4 * p);
               }
           }
         }
@@ -93,7 +98,7 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
           typename V::Ints high = sums[i][0][0];
           if constexpr (P == 1) {
             if constexpr (chains == 2) high = V::add(high, sums[i][0][1]);
-            high = V::sub(high, offset(mine, a.q_sums[segment]));
+            if (shifted) high = V::sub(high, zero_point(mine, a.q_sums[segment]));
             x_sum = float(a.q_sums[segment]);
             y[h][i] = V::fma(scale, V::converted(high), y[h][i]);
           } else {
@@ -101,8 +106,10 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
             const int32_t* both = a.q_sums + 2 * segment;
             typename V::Ints low = sums[i][P - 1][0];
             if constexpr (P == 3) low = V::add(V::times_256(sums[i][1][0]), low);
-            high = V::sub(high, offset(mine, both[0]));
-            low = V::sub(low, offset(mine, both[1]));
+            if (shifted) {
+              high = V::sub(high, zero_point(mine, both[0]));
+              low = V::sub(low, zero_point(mine, both[1]));
+            }
             const typename V::Floats sum = V::fma(V::converted(high), V::floats(base), V::converted(low));
             x_sum = (float(both[0]) * base + float(both[1])) * a.q_scale[segment];
             y[h][i] = V::fma(V::mul(scale, V::floats(a.q_scale[segment])), sum, y[h][i]);
@@ -127,6 +134,11 @@ template <class V, int BITS, int M, int P, int T = 1>
 Rows integers_of(const Matrix& w) {
   if constexpr (BITS <= 4)
     if (w.levels) return tile_integers<V, BITS, M, P, true, T>;
+  if constexpr (M == 1 && (BITS <= 4 || BITS == 8)) {  // the usual ones
+    if (w.group == 32) return tile_integers<V, BITS, M, P, false, T, 32>;
+    if (w.group == 64) return tile_integers<V, BITS, M, P, false, T, 64>;
+    if (w.group == 128) return tile_integers<V, BITS, M, P, false, T, 128>;
+  }
   return tile_integers<V, BITS, M, P, false, T>;
 }
 

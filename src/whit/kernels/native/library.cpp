@@ -37,6 +37,15 @@ Activations as_floats(const Matrix& w, const float* padded, int64_t m) {
   return a;
 }
 
+// What integer sums begin with, so that nothing has to be taken off them: n sums of x, times what makes the codes unsigned.
+const int32_t* starts(const Matrix& w, const int32_t* sums, int64_t n) {
+  int32_t* found = scratch.take<int32_t>(n);
+  const bool flipped = kernels()->flips && (w.bits == 8 || w.levels);
+  const int32_t bias = w.offset_kind == ZERO_POINT ? 0 : w.bias - 128 * flipped;
+  for (int64_t i = 0; i < n; i++) found[i] = -bias * sums[i];
+  return found;
+}
+
 // Activations in fixed point of so many digits, each segment of a group with a scale of its own.
 Activations as_fixed(const Matrix& w, const float* padded, int64_t m, int parts) {
   const int64_t per_group = segments_of(w.group, FIXED), n = w.groups * per_group;
@@ -52,6 +61,7 @@ Activations as_fixed(const Matrix& w, const float* padded, int64_t m, int parts)
   }
   Activations a = {};
   a.m = m, a.stride = w.padded, a.groups = w.groups, a.q = digits, a.q_scale = scale, a.q_sums = sums;
+  a.q_start = starts(w, sums, m * n * 2);
   return a;
 }
 
@@ -188,7 +198,7 @@ WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y
   const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
   threads = threads_for(w, m, threads);
   const int64_t n_segments = w.groups * segments_of(w.group, FIXED);
-  scratch.reserve(m * (w.padded * (4 + PARTS) + n_segments * 12) + 8 * ALIGN);
+  scratch.reserve(m * (w.padded * (4 + PARTS) + n_segments * 20) + 8 * ALIGN);
   float* padded = scratch.take<float>(m * w.padded);
   for (int64_t i = 0; i < m; i++) {
     to_floats(x, i * cols, cols, type, padded + i * w.padded);
@@ -219,7 +229,7 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
     return run_tiles(kernels()->tile_float, nullptr, w, as_floats(w, padded, m), x_scale, scale_step, bias, y, type, threads);
   }
   const int64_t per_group = segments_of(w.group, SEGMENT), n_sums = w.groups * per_group;
-  scratch.reserve(m * (w.padded + n_sums * 4) + 4 * ALIGN);
+  scratch.reserve(m * (w.padded + n_sums * 8) + 4 * ALIGN);
   int8_t* padded = scratch.take<int8_t>(m * w.padded);
   int32_t* sums = scratch.take<int32_t>(m * n_sums);
   for (int64_t i = 0; i < m; i++) {
@@ -234,7 +244,7 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
     }
   }
   Activations a = {};
-  a.m = m, a.stride = w.padded, a.groups = w.groups, a.q = padded, a.q_sums = sums;
+  a.m = m, a.stride = w.padded, a.groups = w.groups, a.q = padded, a.q_sums = sums, a.q_start = starts(w, sums, m * n_sums);
   run_tiles(kernels()->tile_int8, kernels()->streams_int8, w, a, x_scale, scale_step, bias, y, type, threads);
 }
 

@@ -47,8 +47,8 @@ struct V {
   static WHIT_INLINE Bytes lookup(Bytes table, Bytes codes) { return vqtbl1q_u8(table, codes); }
   static WHIT_INLINE Bytes flip(Bytes codes) { return veorq_u8(codes, vdupq_n_u8(128)); }
   template <bool SMALL>
-  static WHIT_INLINE Ints dot(Ints sum, Bytes codes, int32_t x) {
-    return vdotq_s32(sum, vreinterpretq_s8_u8(codes), vreinterpretq_s8_s32(vdupq_n_s32(x)));
+  static WHIT_INLINE Ints dot(Ints sum, Bytes codes, const int8_t* x) {
+    return vdotq_s32(sum, vreinterpretq_s8_u8(codes), vreinterpretq_s8_s32(vdupq_n_s32(four_of(x))));
   }
   static WHIT_INLINE Ints ints(int32_t value) { return vdupq_n_s32(value); }
   static WHIT_INLINE Ints widened(const uint8_t* at) {
@@ -84,7 +84,7 @@ struct Fixed {
   static Rows of(const Matrix& w) { return integers_of<V, BITS, M, PARTS>(w); }
 };
 
-const Kernels kernels = {"neon",          plain_tile_float, tiles_of<Integers>, tiles_of<Fixed>, plain_fixed,
+const Kernels kernels = {"neon", true,          plain_tile_float, tiles_of<Integers>, tiles_of<Fixed>, plain_fixed,
                          plain_row_float, plain_row_beside, plain_unpack,       plain_decode};
 
 }  // namespace

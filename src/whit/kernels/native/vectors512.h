@@ -68,9 +68,12 @@ struct V {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
   }
   static WHIT_INLINE Bytes lookup(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
+  // Four x for all rows, repeated by the instruction itself, which compilers make two of.
   template <bool SMALL>
-  static WHIT_INLINE Ints dot(Ints sum, Bytes codes, int32_t x) {
-    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(x));
+  static WHIT_INLINE Ints dot(Ints sum, Bytes codes, const int8_t* x) {
+    typedef int32_t __attribute__((may_alias, aligned(1))) Four;
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const Four*>(x)));
+    return sum;
   }
   static WHIT_INLINE Ints ints(int32_t value) { return _mm512_set1_epi32(value); }
   static WHIT_INLINE Ints widened(const uint8_t* at) { return bytes16(at); }

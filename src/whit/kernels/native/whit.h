@@ -53,6 +53,7 @@ struct Activations {
   // integers: x itself (one part), or digits of x in fixed point (PARTS, the highest first)
   const int8_t* q;         // [m][stride / 4][parts][4]
   const int32_t* q_sums;   // [m][groups][segments of a group][1 or 2]: of the highest digits, of the rest
+  const int32_t* q_start;  // as q_sums, times what makes the codes unsigned, negative: what sums begin with
   const float* q_scale;    // fixed point: [m][groups][segments of a group]
 };
 
@@ -86,6 +87,7 @@ struct Wide {
 // Functions of tiles give out [n][16] for rows first .. first + n of x.
 struct Kernels {
   const char* name;
+  bool flips;  // products take codes as bytes from -128 to 127
   void (*tile_float)(const Matrix&, const Activations&, int64_t tile, int64_t first, int64_t n, float* out);
   void (*tile_int8)(const Matrix&, const Activations&, int64_t tile, int64_t first, int64_t n, float* out);
   // as tile_int8, with x in fixed point; null where there is none
@@ -125,6 +127,12 @@ static inline uint32_t to_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   return bits;
+}
+
+static inline int32_t four_of(const int8_t* x) {  // numbers of one byte each
+  int32_t four;
+  memcpy(&four, x, 4);
+  return four;
 }
 
 static inline float from_bf16(uint16_t half) { return from_bits(uint32_t(half) << 16); }
