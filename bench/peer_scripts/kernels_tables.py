@@ -7,11 +7,10 @@ torch: what a product costs without a kernel. Calls of `NAME` read another copy 
 import sys
 
 import torch
-from kernels_torch import measure, random_packed
+from kernels_torch import copies_of, measure, random_packed
 from torch import Tensor
 from torch.nn import functional as F
 
-from whit.kernels.library import large_pages
 from whit.kernels.matmul import dequantize, linear
 from whit.kernels.packed import Packed, unpack
 
@@ -32,9 +31,7 @@ def main() -> None:
         def again(tensors: list[Tensor], one: Packed = one) -> Packed:
             return Packed(one.grid, one.shape, dict(zip(one.buffers, tensors, strict=True)))
 
-        copies = [[each.clone() for each in one.buffers.values()] for _ in range(n)]
-        for each in copies:
-            large_pages(each)
+        copies = copies_of(list(one.buffers.values()), n)
         measure(name, [lambda each=each, again=again: linear(x, again(each)) for each in copies], 2 if n > 1 else 40)
         measure(f"decode-{name}", [lambda one=one: F.linear(x, dequantize(one))], 3)
         if name in NAMES[:2]:

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from whit.grids.named import grid_named
 from whit.kernels.form import buffer_specs, table_of
-from whit.kernels.library import large_pages
 from whit.kernels.matmul import linear, linear_int8, quantize_rows
 from whit.kernels.packed import Packed
+from whit.kernels.pages import together
 
 WHIT = ("q4_0", "int4-g128", "int8", "q8_0", "int3-g64", "int2-g64")
 Call = Callable[[list[Tensor]], Tensor]
@@ -113,6 +113,12 @@ def measure(name: str, calls: list[Callable[[], Tensor]], passes: int) -> None:
                     print(f"{name} {time.perf_counter() - start:.9f}")
 
 
+def copies_of(tensors: list[Tensor], n: int) -> list[list[Tensor]]:
+    """Matrices as they lie in a frozen model: one after the other, on large pages."""
+    flat = together([tensor for _ in range(n) for tensor in tensors])
+    return [flat[at : at + len(tensors)] for at in range(0, len(flat), len(tensors))]
+
+
 def main() -> None:
     """Everything in turn, one kind of matrix in memory at a time."""
     threads, rows, cols, m = map(int, sys.argv[1:5])
@@ -123,10 +129,9 @@ def main() -> None:
     for kinds in (whit_calls, torch_calls):
         for name, tensors, call in kinds((rows, cols), m):
             n = max(1, int(n_bytes / sum(t.nbytes for t in tensors)) if m < 64 else 1)
-            copies = [[tensor.clone() for tensor in tensors] for _ in range(n)]
-            if name.startswith("whit"):
-                for each in copies:
-                    large_pages(each)
+            copies = (
+                copies_of(tensors, n) if name.startswith("whit") else [[t.clone() for t in tensors] for _ in range(n)]
+            )
             measure(name, [lambda each=each, call=call: call(each) for each in copies], passes if m < 64 else 5)
     measure("torch-int8-dynamic", dynamic_layers((rows, cols), m, n_bytes if m < 64 else 0.0), passes)
 

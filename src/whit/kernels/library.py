@@ -6,7 +6,6 @@ Its threads are torch's: both ask for libgomp.so.1, and the one that torch broug
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,7 +41,6 @@ _SIGNATURES = {
     "whit_linear_int8_many": (_P, _L, _P, _L, _P, _P, _I, _I, *_MATRIX),
     "whit_quantize_rows": (_P, _L, _L, _P, _P, _I, _I),
     "whit_dequantize": (_L, _L, _P, _I, _I, *_MATRIX),
-    "whit_large_pages": (_P, _L),
     "whit_rows": (_P, _L, _P, _I, _I, *_MATRIX),
 }
 
@@ -187,13 +185,6 @@ class Native:
             )
             y[:, first:last] = F.linear(flat, part, None if bias is None else bias[first:last])
         return y.view(*x.shape[:-1], rows)
-
-
-def large_pages(tensors: Iterable[Tensor]) -> None:
-    """Ask the system for large pages under tensors that are read again and again; speed alone depends on it."""
-    if NATIVE is not None:
-        for tensor in tensors:
-            NATIVE.library.whit_large_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def _check(x: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:

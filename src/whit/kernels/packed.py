@@ -16,7 +16,6 @@ from whit.grids.grid import Grid
 from whit.grids.quantized import QuantizedTensor
 from whit.grids.sparse import Sparse
 from whit.kernels.form import LANES, QUAD, Form, Kind, buffer_specs, form_of, planes, table_of
-from whit.kernels.library import large_pages
 
 # Rows that are rearranged at a time: the temporaries are several times the size of the codes.
 CHUNK = 1 << 22
@@ -81,7 +80,6 @@ def pack(quantized: QuantizedTensor) -> Packed:
         table = table_of(quantized.grid)
         if table is not None:
             buffers["table"] = table
-    large_pages(buffers.values())
     return Packed(quantized.grid, quantized.shape, buffers)
 
 

@@ -17,7 +17,7 @@ from whit.errors import ModelError
 from whit.grids.quantized import QuantizedTensor
 from whit.live.experts import QExpert, QExperts
 from whit.live.quantize import swap, twin_of
-from whit.live.stored import Frozen
+from whit.live.stored import Frozen, settle
 from whit.live.twin import Ties, Twin
 from whit.models.activations import input_hook, input_schemes
 from whit.models.architecture import head_name
@@ -72,6 +72,7 @@ def live_model(model: Model, dtype: torch.dtype) -> nn.Module:
             if scheme is not None:
                 each.register_forward_pre_hook(input_hook(scheme))
     swap(module, made)
+    settle(module)
     filled: dict[int, nn.Parameter] = {}  # by the identity of originals, which are still there
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if id(parameter) not in filled:

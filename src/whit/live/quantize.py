@@ -31,7 +31,7 @@ from whit.live.modules import QConv1D, QEmbedding, QLinear, quantize_outputs
 from whit.live.report import Left, Replaced, Report
 from whit.live.run import Batch, Call, calls_of
 from whit.live.salient import Beside, check_salient, split, squares_of
-from whit.live.stored import Frozen, Stored
+from whit.live.stored import Frozen, Stored, settle
 from whit.live.twin import Ties, Twin
 from whit.live.types import fitted, type_named
 from whit.pipeline.effort import PRESETS
@@ -171,6 +171,7 @@ def freeze(model: nn.Module) -> Memory:
             except BadWeightsError as error:
                 raise BadWeightsError(f"{name}: {error}") from None
     del ties
+    settle(model)
     return_memory()
     return Memory(before, n_bytes(model))
 

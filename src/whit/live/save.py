@@ -24,7 +24,6 @@ from whit.errors import BrokenFileError, ModelError, OutputError, RecipeError
 from whit.grids.grid import Grid, Spec
 from whit.grids.named import grid_name, grid_named
 from whit.kernels.form import buffer_specs
-from whit.kernels.library import large_pages
 from whit.kernels.packed import Packed
 from whit.live.checkpoint import empty_model, live_checkpoint
 from whit.live.experts import QExperts
@@ -32,7 +31,7 @@ from whit.live.inputs import Inputs
 from whit.live.modules import QConv1D, QLinear, quantize_outputs
 from whit.live.quantize import swap, twin_of
 from whit.live.salient import Beside
-from whit.live.stored import Frozen
+from whit.live.stored import Frozen, settle
 from whit.live.twin import Ties, Twin
 from whit.models.model import Model
 from whit.models.open import LIVE
@@ -98,13 +97,13 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         for frozen in (each for each in model.modules() if isinstance(each, Frozen)):
             frozen.packed.check()  # kernels trust what they are given
-            large_pages(frozen.tensors.values())
     except BROKEN as error:
         raise BrokenFileError(f"{folder}: {MAP} and the tensors do not describe this model ({error}).") from None
     if missing or unexpected:
         named = ", ".join([*missing, *unexpected][:3])
         raise BrokenFileError(f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unknown ({named}).")
     _tie(model, content["tied"])
+    settle(model)
     return model.eval()
 
 

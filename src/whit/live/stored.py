@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from whit.grids.grid import Grid, Params
 from whit.grids.quantized import QuantizedTensor
 from whit.kernels.packed import Packed, pack, unpack
+from whit.kernels.pages import together
+
+BATCH = 1 << 26  # bytes of codes that are there twice while they are moved
 
 
 class Stored(nn.Module):
@@ -92,3 +95,28 @@ class Frozen(Stored):
 
     def _changed(self) -> None:
         self.packed = Packed(self.packed.grid, self.packed.shape, dict(self.tensors))
+
+
+def settle(model: nn.Module) -> None:
+    """Put the codes of all frozen matrices of a model, which are read for every token, on large pages, in place.
+
+    Called once when all are there. Those on other devices stay as they are.
+    """
+    batch: list[tuple[Frozen, str]] = []
+    size = 0
+    for frozen in [module for module in model.modules() if isinstance(module, Frozen)]:
+        for name, value in frozen.tensors.items():
+            if value.device.type == "cpu":
+                batch.append((frozen, name))
+                size += value.nbytes
+        if size >= BATCH:
+            _move(batch)
+            batch, size = [], 0
+    _move(batch)
+
+
+def _move(batch: list[tuple[Frozen, str]]) -> None:
+    moved = together([frozen.tensors[name] for frozen, name in batch])
+    for (frozen, name), value in zip(batch, moved, strict=True):
+        frozen._buffers[name] = value
+        frozen._changed()

@@ -5,10 +5,6 @@
 
 #include <initializer_list>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace whit {
 namespace {
 
@@ -302,20 +298,6 @@ WHIT_EXPORT void whit_rows(const int64_t* index, int64_t n, void* out, int type,
     row_codes(w, index[i], buffer);
     decode_row(w, buffer, index[i] / step, index[i] % step, static_cast<char*>(out) + i * w.cols * size, type);
   }
-}
-
-// Ask for large pages under memory that is in use, where the system can do that (Linux from 6.1 on): fewer of them have
-// to be looked up, and a matrix is read up to a sixth faster. Nothing but speed depends on it.
-WHIT_EXPORT void whit_large_pages(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 1 << 21;
-  constexpr int collapse = 25;  // MADV_COLLAPSE
-  const uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) / page * page;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, collapse);
-#else
-  (void)memory, (void)bytes;
-#endif
 }
 
 // A Python extension module by name only: it is built like one, and loaded with ctypes.
