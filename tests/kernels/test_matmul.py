@@ -1,12 +1,16 @@
 """Products against plain float64 ones of the decoded matrix, with every kernel that this processor has."""
 
 from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from whit.grids.codebook import Codebook
 from whit.grids.named import GRIDS, grid_named
@@ -103,6 +107,63 @@ def test_products_are_those_of_the_decoded_matrix(kernels: str, name: str) -> No
         for dtype in FLOATS:
             assert_linear(x.to(dtype), packed, W)
         assert_int8(*quantize_rows(x), packed, W)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "int8-asym", "nf4-g64", "kmeans3+2%"])
+@pytest.mark.parametrize("m", [1, 40])
+def test_a_product_that_torch_knows_of_has_the_same_bits(kernels: str, name: str, m: int) -> None:
+    packed, _ = packed_of(name, 90, 768)
+    x, bias = activations(m, 768), torch.randn(90)
+
+    def products() -> tuple[Tensor, ...]:
+        codes, scale = quantize_rows(x)
+        return linear(x, packed, bias), linear(x.bfloat16(), packed), codes, linear_int8(codes, scale, packed, bias)
+
+    with torch.no_grad():
+        unwatched = products()
+        with Seen() as seen:
+            assert all(torch.equal(*each) for each in zip(products(), unwatched, strict=True))
+    assert all(torch.equal(*each) for each in zip(products(), unwatched, strict=True))
+    assert {name for name in seen.names if name.startswith("whit")} == {
+        "whit::linear", "whit::linear_int8", "whit::quantize_rows",
+    }  # fmt: skip
+
+
+class Seen(TorchDispatchMode):
+    """Names of all operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_product_without_gradients_is_seen_by_whoever_watches() -> None:
+    packed, _ = packed_of("q4_0", 32, 64)
+    x = activations(2, 64)
+    with torch.no_grad():
+        traced = make_fx(lambda x: linear(x, packed))(x)
+        found = torch.vmap(lambda row: linear(row, packed))(x)
+    assert torch.equal(found, linear(x, packed))
+    other = activations(2, 64, seed=3)
+    assert torch.equal(traced(other), linear(other, packed))
+
+
+@pytest.mark.parametrize("name", ["q4_0", "int8-asym", "kmeans4"])
+def test_tensors_that_move_are_found_again(name: str) -> None:
+    packed, _ = packed_of(name, 32, 64)
+    other, _ = packed_of(name, 32, 64, seed=5)
+    x = activations(1, 64)
+    with torch.no_grad():
+        first = linear(x, packed)
+        for key, value in other.buffers.items():
+            packed.buffers[key].set_(value.clone())
+        assert torch.equal(linear(x, packed), linear(x, other))
+        assert not torch.equal(linear(x, packed), first)
+        assert torch.equal(linear(x, deepcopy(packed)), linear(x, other))
 
 
 @pytest.mark.parametrize("name", SOME)
