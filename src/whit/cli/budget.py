@@ -17,6 +17,7 @@ from whit.checkpoints.atomic import whole_file
 from whit.cli.calibration import calibration_windows
 from whit.cli.progress import Report as Progress
 from whit.cli.progress import progress_bar
+from whit.devices import CPU
 from whit.errors import RecipeError
 from whit.grids.floats import Float
 from whit.grids.named import grid_named
@@ -69,27 +70,34 @@ def file_bytes(model: Model, allocator: Allocator, fit: str | None, bpw: float |
     return left
 
 
-def swept(model: Model, allocator: Allocator, windows: Tensor | None, table: Path | None) -> Damages:
+def swept(
+    model: Model, allocator: Allocator, windows: Tensor | None, table: Path | None, device: torch.device = CPU
+) -> Damages:
     """What every matrix on every grid would cost.
 
     windows  the calibration text, of which some are read; None for documentation
     table    a file of `whit plan --save`, instead of the sweep
+    device   where the model runs
     Raises RecipeError when the table is of another model.
     """
-    return read_damages(table, allocator) if table else sweep(model, allocator.candidates, windows)
+    return read_damages(table, allocator) if table else sweep(model, allocator.candidates, windows, device=device)
 
 
 def sweep(
-    model: Model, candidates: Mapping[str, Sequence[str]], windows: Tensor | None, plain: bool = False
+    model: Model,
+    candidates: Mapping[str, Sequence[str]],
+    windows: Tensor | None,
+    plain: bool = False,
+    device: torch.device = CPU,
 ) -> Damages:
-    """Nats per token for every tensor and each of its grids; windows as for `swept`, plain for plain rounding."""
+    """Nats per token for every tensor and each of its grids; plain for plain rounding, the others as for `swept`."""
     from whit.pipeline.sensitivity import sensitivities  # it imports transformers, which takes seconds
 
     if windows is None:
         windows, _ = calibration_windows(model, SWEPT)
     some = torch.linspace(0, len(windows) - 1, min(SWEPT, len(windows))).round().long()
     with progress_bar("sensitivities") as progress:
-        return sensitivities(model, candidates, windows[some], progress=progress, plain=plain)
+        return sensitivities(model, candidates, windows[some], progress=progress, plain=plain, device=device)
 
 
 def best_file(
@@ -125,7 +133,7 @@ def frontier_sizes(allocator: Allocator, points: int) -> list[int]:
 
 
 def check_damages(
-    model: Model, allocator: Allocator, windows: Tensor, n: int, progress: Progress
+    model: Model, allocator: Allocator, windows: Tensor, n: int, progress: Progress, device: torch.device = CPU
 ) -> list[dict[str, Any]]:
     """Predictions for n pairs of a tensor and a grid, spread over the file, beside what is measured.
 
@@ -141,8 +149,8 @@ def check_damages(
     wanted: dict[str, list[str]] = {}
     for name, grid in pairs:
         wanted.setdefault(name, []).append(grid)
-    predicted = sensitivities(model, wanted, windows, progress=progress, plain=True)
-    truth = measured(model, pairs, windows, progress)
+    predicted = sensitivities(model, wanted, windows, progress=progress, plain=True, device=device)
+    truth = measured(model, pairs, windows, progress, device)
     return [
         {"tensor": name, "grid": grid, "predicted": predicted[name][grid], "measured": each}
         for (name, grid), each in zip(pairs, truth, strict=True)

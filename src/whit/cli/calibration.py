@@ -12,6 +12,7 @@ from whit.calibration.text import Text as Content
 from whit.calibration.text import windows as cut
 from whit.checkpoints.hub import looks_like_hub_id
 from whit.cli.progress import progress_bar
+from whit.devices import CPU
 from whit.errors import TextError
 from whit.models.model import Model
 from whit.pipeline.counts import Text
@@ -29,13 +30,19 @@ CALIB_HELP = (
 
 
 def calibration_windows(
-    model: Model, n_windows: int, calib: str = DOCUMENTATION, most: int | None = None, fresh: bool = False
+    model: Model,
+    n_windows: int,
+    calib: str = DOCUMENTATION,
+    most: int | None = None,
+    fresh: bool = False,
+    device: torch.device = CPU,
 ) -> tuple[Tensor, str]:
     """Token ids [n, length] int64 and what they are.
 
     calib  as in CALIB_HELP
     most   tokens per window at most; the model's context is a limit too
     fresh  from the end of the text, and sampled with another seed: not what is read without it, if the text is long
+    device  where the model writes
     Raises TextError when the text cannot be had or is too short for one window.
     """
     length = min(most or WINDOW, longest(model))
@@ -44,13 +51,13 @@ def calibration_windows(
         first, source = calibration_windows(model, n_windows - n_sampled, DOCUMENTATION, most, fresh)
         if not n_sampled:
             return first, source
-        second, other = calibration_windows(model, n_sampled, SAMPLED, most, fresh)
+        second, other = calibration_windows(model, n_sampled, SAMPLED, most, fresh, device)
         return torch.cat([first, second]), f"{source}, and {other}"
     if calib == SAMPLED:
         from whit.models.sampling import sampled_windows  # it imports transformers, which takes seconds
 
         with progress_bar("sampling") as progress:
-            ids = sampled_windows(model, n_windows, length, int(fresh), progress)
+            ids = sampled_windows(model, n_windows, length, int(fresh), progress, device)
         return ids, f"{n_windows} windows of {length} tokens sampled from the model itself"
     from whit.models.tokenizer import load_tokenizer
 
@@ -61,11 +68,13 @@ def calibration_windows(
     return ids, f"{len(ids)} windows of {length} tokens{short}: {text.description}"
 
 
-def calibration_for(model: Model, preset: str, calib: str | None = None, n_windows: int | None = None) -> Calibration:
-    """A preset's effort on a text. calib, n_windows: the preset's when None."""
+def calibration_for(
+    model: Model, preset: str, calib: str | None = None, n_windows: int | None = None, device: torch.device = CPU
+) -> Calibration:
+    """A preset's effort on a text. calib, n_windows: the preset's when None. device: where the model runs."""
     work = PRESETS[preset]
-    ids, source = calibration_windows(model, n_windows or work.windows, calib or work.text)
-    return Calibration(ids, work.strength, work.effort, source)
+    ids, source = calibration_windows(model, n_windows or work.windows, calib or work.text, device=device)
+    return Calibration(ids, work.strength, work.effort, source, device=device)
 
 
 def planned_text(model: Model, preset: str, calib: str | None = None, n_windows: int | None = None) -> Text:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,8 @@ from whit.cli.budget import frontier_sizes, read_damages, swept
 from whit.cli.calibration import CALIB_HELP, calibration_for, longest
 from whit.cli.eval import DEFAULT_WINDOWS
 from whit.cli.progress import progress_bar
+from whit.cli.ranks import DEVICE_HELP
+from whit.devices import device_named
 from whit.errors import OutputError, RecipeError
 from whit.evaluation.compare import compare_states, final_states
 from whit.evaluation.frontier import Point, draw, drawing
@@ -45,13 +48,14 @@ def command(
         Path | None, typer.Option(help="What to measure on; by default documentation that ships with Python.")
     ] = None,
     windows_: Annotated[int, typer.Option("--windows", min=1, help="Windows to measure on.")] = DEFAULT_WINDOWS,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
     """Write and measure files of several sizes, so that you can choose one."""
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
     console = Console(highlight=False, markup=False)
-    opened = open_model(model)
+    place, opened = device_named(device), open_model(model)
     others = [(path, open_model(path)) for path in compare or ()]  # what cannot be read says so first
     content = (default_text() if text is None else read_text(text)).content
     length = min([WINDOW, longest(opened), *(longest(each) for _, each in others)])
@@ -70,15 +74,15 @@ def command(
     for path, n_bytes in named.items():
         check_target(path, n_bytes, force)
     check_target(out / "frontier.json", 0, force)
-    calibration = calibration_for(opened, preset, calib)
-    damages = read or swept(opened, allocator, calibration.windows, None)
+    calibration = calibration_for(opened, preset, calib, device=place)
+    damages = read or swept(opened, allocator, calibration.windows, None, place)
     files = []
     for path, n_bytes in zip(paths, sizes, strict=True):
         with progress_bar(path.name) as progress:
             write_gguf(opened, allocator.fit(damages, n_bytes).recipe, path, force, progress, calibration)
         files.append((OURS, path))
     files += [("others", path) for path, _ in others]
-    measured = _measured(model, files, ids)
+    measured = _measured(model, files, ids, place)
     figures = [{"by": each.by, "file": each.name, "bytes": each.n_bytes, **asdict(each.result)} for each in measured]
     raw = jsonlib.dumps(figures, indent=1).encode()
     with whole_file(out / "frontier.json", len(raw), overwrite=True) as file:
@@ -88,14 +92,14 @@ def command(
     console.print(f"Written: {', '.join(map(str, [out / 'frontier.json', *drawn]))}", soft_wrap=True)
 
 
-def _measured(model: str, files: list[tuple[str, Path]], ids: Tensor) -> list[Point]:
+def _measured(model: str, files: list[tuple[str, Path]], ids: Tensor, device: torch.device) -> list[Point]:
     reference, found = open_model(model), []
     with progress_bar("measuring") as progress:
-        states = final_states(reference, ids)
+        states = final_states(reference, ids, device=device)
         for done, (by, path) in enumerate(files):
             progress(done, len(files), path.name)
             candidate = open_model(path)
-            result = compare_states(final_states(candidate, ids), states, ids)
+            result = compare_states(final_states(candidate, ids, device=device), states, ids)
             found.append(Point(by, path.name, candidate.n_bytes, bits_per_weight(candidate), result))
     return found
 

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from whit.cli.budget import check_table, read_table, sweep
+from whit.devices import CPU
 from whit.errors import RecipeError
 from whit.models.model import Model
 from whit.pipeline.allocate import Allocator
@@ -57,16 +59,22 @@ def check_types(allocator: Allocator, types: Sequence[str] | None) -> None:
 
 
 def raising(
-    console: Console, model: Model, salient: Salient, windows: Tensor | None, table: Path | None
+    console: Console,
+    model: Model,
+    salient: Salient,
+    windows: Tensor | None,
+    table: Path | None,
+    device: torch.device = CPU,
 ) -> tuple[Recipe, dict[str, str]]:
     """The recipe with what is salient in front, said on the console; and GGUF tensor -> grid of that.
 
     windows  the text of the sweep, None for documentation
     table    a file of `whit plan --save`, instead of the sweep
+    device   where the model runs
     Raises RecipeError when the table does not have what is needed.
     """
     if table is None:
-        damages = sweep(model, salient.candidates, windows, salient.plain)
+        damages = sweep(model, salient.candidates, windows, salient.plain, device)
     else:
         damages = read_table(table)
         check_table(table, damages, salient.candidates)

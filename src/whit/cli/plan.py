@@ -18,6 +18,7 @@ from whit.cli.budget import SWEPT, parse_size
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, planned_text
 from whit.cli.keep import KEEP_HELP, TYPES_HELP, check_types, types_of
 from whit.cli.quantize import exception_lines
+from whit.cli.ranks import DEVICE_HELP
 from whit.cli.tune import RESAMPLED, WINDOWS
 from whit.errors import CheckFailedError, RecipeError
 from whit.memory import LLAMA_CPP, VLLM, RunMemory, run_bytes
@@ -101,6 +102,7 @@ def command(
     keep: Annotated[list[str] | None, typer.Option("--keep", help=f"With --predict or --fit. {KEEP_HELP}")] = None,
     format_: Annotated[str, typer.Option("--format", help=f"With --predict or --fit: {', '.join(LAYOUTS)}.")] = GGUF,
     types: Annotated[str | None, typer.Option(help=f"With --predict or --fit. {TYPES_HELP}")] = None,
+    device: Annotated[str, typer.Option(help=f"With --predict. {DEVICE_HELP}")] = "cpu",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="As for `whit quantize`: less time and memory.")] = (
         False
     ),
@@ -130,6 +132,7 @@ def command(
             keep,
             format_,
             types,
+            device,
             json,
         )
         return

@@ -16,6 +16,7 @@ from whit.cli.budget import check_damages, frontier_sizes, swept, write_damages
 from whit.cli.calibration import calibration_windows
 from whit.cli.keep import check_types, types_of
 from whit.cli.progress import progress_bar
+from whit.devices import device_named
 from whit.errors import RecipeError
 from whit.models.open import open_model
 from whit.pipeline.allocate import Allocation, Allocator
@@ -33,12 +34,13 @@ def predict(
     keep: list[str] | None,
     format_: str,
     types: str | None,
+    device: str,
     json: bool,
 ) -> None:
     """Sweep a model and print what it loses at every size; the arguments are options of `whit plan`."""
     if format_ not in LAYOUTS:
         raise RecipeError(f"--format {format_} is not one of {', '.join(LAYOUTS)}.")
-    opened = open_model(model)
+    place, opened = device_named(device), open_model(model)
     if save:
         check_target(save, 0, overwrite=True)  # before any work
     chosen_from = types_of(types, format_)
@@ -46,8 +48,8 @@ def predict(
     check_types(allocator, chosen_from)
     ids = None
     if table is None or check:
-        ids, source = calibration_windows(opened, windows, calib)
-    damages = swept(opened, allocator, ids, table)
+        ids, source = calibration_windows(opened, windows, calib, device=place)
+    damages = swept(opened, allocator, ids, table, place)
     if save:
         write_damages(damages, save)
     found = [allocator.fit(damages, n_bytes) for n_bytes in frontier_sizes(allocator, points)]
@@ -55,7 +57,7 @@ def predict(
     if check:
         assert ids is not None
         with progress_bar("checking") as progress:
-            checked = check_damages(opened, allocator, ids, check, progress)
+            checked = check_damages(opened, allocator, ids, check, progress, place)
     if json:
         sizes = [
             {"bytes": each.n_bytes, "bits_per_weight": 8 * each.n_bytes / allocator.n_weights, "kl": each.damage}

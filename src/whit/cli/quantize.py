@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -178,26 +179,28 @@ def command(
         read_damages(table, allocator)
     calibration, unseen = None, None
     if plan is None or better or any(step.needs_moments for step in plan.steps):
-        calibration, unseen = _calibration(opened, preset, calib, windows, imatrix, bool(repair) or max_kl is not None)
+        calibration, unseen = _calibration(
+            opened, preset, calib, windows, imatrix, bool(repair) or max_kl is not None, place
+        )
         console.print(f"Calibrating on {calibration.source}.", soft_wrap=True)
     if distil:
         from whit.cli import distil as distilling  # it imports transformers, which takes seconds
 
-        held_out, train = distilling.texts(console, opened, calib)
+        held_out, train = distilling.texts(console, opened, calib, place)
     if ranks > 1 and (calibration is None or imatrix):
         raise RecipeError("--ranks shares out what is done with a text; there is none here, and all cores are used.")
     intended = Intended()
     scratch = bool(distil) or unseen is not None  # a run that is killed leaves no empty folder otherwise
     beside = TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") if scratch else nullcontext("")
     with beside as folder, working(ranks, model, device) as group:
-        calibration = replace(calibration, ranks=group, device=place, ram=most) if calibration else None
+        calibration = replace(calibration, ranks=group, ram=most) if calibration else None
         written = Path(folder) / out.name if distil else out
         text = None if calibration is None or imatrix else calibration.windows
         if chosen is not None and better is not None:
-            chosen, raised = raising(console, opened, better, text, table)
+            chosen, raised = raising(console, opened, better, text, table, place)
             held = {**held, **raised}
         if chosen is None:
-            damages = swept(opened, allocator, text, table)
+            damages = swept(opened, allocator, text, table, place)
             if unseen is not None:
                 result = best_file(console, allocator, damages, n_bytes, max_kl, repair, calibration, unseen, folder)
                 moved(result.path, written, force)
@@ -212,12 +215,12 @@ def command(
             console.print(f"Of {n_bytes:,} bytes {result.n_bytes:,} are used.")
         print_result(console, replace(result, path=out), held)
         if distil:
-            distilling.write(console, opened, open_model(written), out, held_out, train, distil, minutes, force)
+            distilling.write(console, opened, open_model(written), out, held_out, train, distil, minutes, force, place)
         if save_recipe:
             write_recipe(result.plan.recipe, save_recipe)
     _finish(console, opened, model, replace(result, path=out), report, calibration)
     if not no_verify:
-        _verdict(console, opened, out, intended, most)
+        _verdict(console, opened, out, intended, most, place)
 
 
 def check_beside(out: Path, *others: Path | None) -> None:
@@ -249,10 +252,12 @@ def _finish(
     console.print(f"Next: whit eval {result.path} --against {name}", soft_wrap=True)
 
 
-def _verdict(console: Console, opened: Model, out: Path, intended: Intended, ram: int | None) -> None:
+def _verdict(
+    console: Console, opened: Model, out: Path, intended: Intended, ram: int | None, device: torch.device
+) -> None:
     """The file opened again, in two lines. Raises CheckFailedError when it is not what was to be written."""
     with progress_bar("verifying") as progress:
-        found = look(out, opened, min(WINDOW, longest(opened)), intended, progress, ram)
+        found = look(out, opened, min(WINDOW, longest(opened)), intended, progress, ram, device)
     if found.faults:
         raise CheckFailedError(f"{out}: {'; '.join(found.faults)}. The file is damaged; write it again.")
     if found.compared:
@@ -269,7 +274,13 @@ def _verdict(console: Console, opened: Model, out: Path, intended: Intended, ram
 
 
 def _calibration(
-    model: Model, preset: str, calib: str | None, windows: int | None, imatrix: Path | None, measure: bool
+    model: Model,
+    preset: str,
+    calib: str | None,
+    windows: int | None,
+    imatrix: Path | None,
+    measure: bool,
+    device: torch.device,
 ) -> tuple[Calibration, Tensor | None]:
     """What rounding will look at, and with `measure` some windows of the same kind that it will not see."""
     if imatrix:
@@ -278,7 +289,7 @@ def _calibration(
         source = f"the importance matrix {imatrix}"
         return Calibration.on_importance(read_imatrix(imatrix), PRESETS[preset].effort, source), None
     n = windows or PRESETS[preset].windows
-    found = calibration_for(model, preset, calib, n + (HELD_OUT if measure else 0))
+    found = calibration_for(model, preset, calib, n + (HELD_OUT if measure else 0), device)
     if not measure:
         return found, None
     unseen, seen = shared_out(found.windows)

@@ -17,6 +17,8 @@ from whit.cli.budget import parse_size
 from whit.cli.calibration import CALIB_HELP, calibration_for
 from whit.cli.measured import measured_windows
 from whit.cli.progress import progress_bar
+from whit.cli.ranks import DEVICE_HELP
+from whit.devices import device_named
 from whit.errors import CheckFailedError, MissingPackageError, RecipeError
 from whit.models.open import open_model
 from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration
@@ -61,6 +63,7 @@ def command(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = DEFAULT_WINDOWS,
     name: Annotated[str | None, typer.Option(help="What files are called, instead of the model's name.")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the original on the hub, for the card.")] = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not run GGUF files for tokens per second.")] = False,
     web: Annotated[
@@ -84,7 +87,7 @@ def command(
         return
     if preset not in PRESETS:
         raise RecipeError(f"There is no preset called {preset!r}. Known presets: {', '.join(PRESETS)}.")
-    opened = open_model(model)
+    place, opened = device_named(device), open_model(model)
     origin = origin_of(opened, name, base_model)
     wanted, left_out = variants_of(opened, variants, origin.name)
     if not no_speed and any(each.is_gguf for each in wanted):
@@ -96,10 +99,10 @@ def command(
     measured_on, held_out = measured_windows(opened, text, windows)
     if text is not None:
         measured_on = _named(measured_on, text)
-    effort = Calibration(held_out[:0], PRESETS[preset].strength, PRESETS[preset].effort)
+    effort = Calibration(held_out[:0], PRESETS[preset].strength, PRESETS[preset].effort, device=place)
 
     def calibrate() -> Calibration:
-        found = calibration_for(opened, preset, calib, calib_windows)
+        found = calibration_for(opened, preset, calib, calib_windows, place)
         console.print(f"Calibrating on {found.source}.", soft_wrap=True)
         return found
 

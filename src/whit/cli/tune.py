@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +113,7 @@ def command(
         start, candidate = None, open_model(file)
     check_pair(original, candidate)
     (check_folder if candidate.gguf_tensors is None else check_target)(out, candidate.n_bytes, force)
-    ids, source = calibration_windows(original or candidate, windows + HELD_OUT, data, fresh=True)
+    ids, source = calibration_windows(original or candidate, windows + HELD_OUT, data, fresh=True, device=place)
     held_out, trained = shared_out(ids)
     more = _Resampled(original, trained, resampled, seed, out, place) if original is not None and resampled else None
     if more is not None:
@@ -158,7 +157,7 @@ def _quantized(original: Model, recipe: str, preset: str, path: Path, device: to
     chosen = folder_recipe(recipe, FLOORED) or recipe_named(recipe, FLOORED)
     if not path.exists():
         with progress_bar("quantizing") as progress:
-            calibration = replace(calibration_for(original, preset), device=device)
+            calibration = calibration_for(original, preset, device=device)
             write_model(original, chosen, path, False, progress, calibration)
     return open_model(str(path))
 

@@ -25,14 +25,20 @@ Progress = Callable[[int, int, str], None]
 
 
 def sampled_windows(
-    model: Model, n_windows: int, length: int, seed: int = 0, progress: Progress | None = None
+    model: Model,
+    n_windows: int,
+    length: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> Tensor:
     """Windows [n, length] int64 sampled at temperature 1, each from a random first token.
 
+    device  where the model runs; tokens are drawn on the CPU
     The whole model is in memory, in bfloat16. Documents that end within a window are followed by what the model
     writes next. The same seed gives the same text on the same machine.
     """
-    module = load_module(model, torch.bfloat16)
+    module = load_module(model, torch.bfloat16).to(device)
     vocabulary = cast(Any, module).get_input_embeddings().weight.shape[0]
     first = torch.randint(vocabulary, (n_windows, 1), generator=torch.Generator().manual_seed(seed))
     return written(module, first, length, seed, progress)
@@ -72,9 +78,10 @@ def resampled_windows(
 
 
 def written(module: nn.Module, prompts: Tensor, length: int, seed: int = 0, progress: Progress | None = None) -> Tensor:
-    """[n, length]: prompts [n, tokens] and what follows."""
+    """[n, length]: prompts [n, tokens] and what follows, on the CPU; the module may be anywhere."""
     tell = progress or (lambda done, total, what: None)
     assert isinstance(module, PreTrainedModel)
+    there = module.device
     random, parts = torch.Generator().manual_seed(seed), []
     with torch.inference_mode(), quiet():
         _choose_attention(module)
@@ -84,10 +91,10 @@ def written(module: nn.Module, prompts: Tensor, length: int, seed: int = 0, prog
             n_layers = module.config.get_text_config().num_hidden_layers
             cache = Cache(layers=[_Buffer(length) for _ in range(n_layers)])
             if ids.shape[1] > 1:  # without the head: logits of many tokens of many windows would fill the memory
-                cast(Any, module).get_decoder()(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+                cast(Any, module).get_decoder()(input_ids=ids[:, :-1].to(there), past_key_values=cache, use_cache=True)
             while ids.shape[1] < length:
-                out = cast(Any, module)(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-                ids = torch.cat([ids, _drawn(out.logits[:, -1].float(), random)], 1)
+                out = cast(Any, module)(input_ids=ids[:, -1:].to(there), past_key_values=cache, use_cache=True)
+                ids = torch.cat([ids, _drawn(out.logits[:, -1].float().cpu(), random)], 1)
             parts.append(ids)
     tell(len(prompts), len(prompts), "text from the model")
     del module
@@ -99,7 +106,7 @@ def _choose_attention(module: PreTrainedModel) -> None:
     """torch's own attention, three times as fast, where the model comes out the same with it."""
     if not module._supports_sdpa:
         return
-    probe = torch.arange(min(16, module.config.get_text_config().vocab_size))[None]
+    probe = torch.arange(min(16, module.config.get_text_config().vocab_size), device=module.device)[None]
     expected = module(input_ids=probe, use_cache=False).logits
     module.set_attn_implementation("sdpa")
     found = module(input_ids=probe, use_cache=False).logits

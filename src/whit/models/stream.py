@@ -56,20 +56,23 @@ class BlockStream:
     """The blocks of a model in order.
 
     n_blocks  how many there are
+    device    where weights are and blocks run
+
+    Whatever is given to it is taken there, and what it returns is where the hidden states were.
     """
 
     def __init__(self, model: Model, read: Read, device: torch.device = CPU) -> None:
         """Build the model without its weights.
 
         read    gives a parameter's values; called again each time that a block is filled
-        device  where weights are and blocks run; hidden states are given and returned on the CPU
+        device  as the attribute
         Raises ModelError when the architecture cannot be cut into blocks.
         """
         config, cls = config_and_class(model)
         with quiet(), torch.device("meta"):
             module = cls._from_config(config, attn_implementation="eager", experts_implementation="eager")
         self._module: PreTrainedModel = module.eval().requires_grad_(False)
-        self._read, self._label, self._device = read, model.label, device
+        self._read, self._label, self.device = read, model.label, device
         depth = config.get_text_config().num_hidden_layers
         lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
         found = [name for name, part in lists.items() if len(part) == depth and not _inside(name, lists)]
@@ -85,17 +88,17 @@ class BlockStream:
 
         windows  [n, length] int64
         take     is given what would be returned, window by window; then nothing is
-        Returns per window the hidden states [1, length, hidden] that the first block is given.
+        Returns per window the hidden states [1, length, hidden] that the first block is given, on the CPU.
         """
         recorders = [_Recorder(self._label) for _ in range(self.n_blocks)]
         self._module.set_submodule(self._path, nn.ModuleList(recorders))
-        make_buffers(self._module, self._module, self._device)
+        make_buffers(self._module, self._module, self.device)
         self._fill(self._module, "")
         decoder = self._module.get_decoder()
         hidden: list[Tensor] = []
         with torch.no_grad():
             for window in windows:
-                decoder(input_ids=window[None].to(self._device), use_cache=False)
+                decoder(input_ids=window[None].to(self.device), use_cache=False)
                 for before, after in pairwise(recorders):
                     if after.given is not before.given:
                         raise ModelError(f"{self._label}: something happens between its blocks.")
@@ -107,7 +110,7 @@ class BlockStream:
     def fill(self, index: int) -> nn.Module:
         """Block `index` with its weights."""
         block = self._blocks[index]
-        make_buffers(self._module, block, self._device)
+        make_buffers(self._module, block, self.device)
         self._fill(block, f"{self._path}.{index}.")
         return block
 
@@ -118,7 +121,8 @@ class BlockStream:
         """
         call = self._calls[index]
         with torch.set_grad_enabled(hidden.requires_grad):
-            out = _called(self._blocks[index], weights, (hidden.to(self._device), *call.args), call.kwargs)
+            weights = None if weights is None else self._there(weights)
+            out = _called(self._blocks[index], weights, (hidden.to(self.device), *call.args), call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(hidden.device)
 
     def fuse_attention(self, hidden: Tensor) -> bool:
@@ -158,7 +162,7 @@ class BlockStream:
 
     def final(self, hidden: Tensor) -> Tensor:
         """One window after the last block -> what the head is given, [length, hidden]; differentiable as `run` is."""
-        found = self._after_blocks(self._module.get_decoder(), hidden.to(self._device)).last_hidden_state[0]
+        found = self._after_blocks(self._module.get_decoder(), hidden).last_hidden_state[0]
         return cast(Tensor, found).to(hidden.device)
 
     def logits(self, hidden: Tensor, head: Tensor, weights: Weights | None = None) -> Tensor:
@@ -169,7 +173,8 @@ class BlockStream:
         """
         output = self._module.get_output_embeddings()
         name = next(name for name, module in self._module.named_modules() if module is output)
-        return self._after_blocks(self._module, hidden, {f"{name}.weight": head, **(weights or {})}).logits[0]
+        found = self._after_blocks(self._module, hidden, self._there({f"{name}.weight": head, **(weights or {})}))
+        return cast(Tensor, found.logits[0]).to(hidden.device)
 
     def outer(self) -> dict[str, tuple[int, ...]]:
         """Parameters that come after the blocks, but for the head: full names and shapes."""
@@ -184,14 +189,18 @@ class BlockStream:
         return shapes
 
     def _after_blocks(self, part: nn.Module, hidden: Tensor, weights: Weights | None = None) -> Any:
-        self._module.set_submodule(self._path, nn.ModuleList([_Replay(hidden)]))
+        there = hidden.to(self.device)
+        self._module.set_submodule(self._path, nn.ModuleList([_Replay(there)]))
         text = self._module.get_decoder().config
         depth, text.num_hidden_layers = text.num_hidden_layers, 1
         try:
             with torch.set_grad_enabled(hidden.requires_grad):
-                return _called(part, weights, (), {"inputs_embeds": hidden, "use_cache": False})
+                return _called(part, weights, (), {"inputs_embeds": there, "use_cache": False})
         finally:
             text.num_hidden_layers = depth
+
+    def _there(self, weights: Weights) -> Weights:
+        return {name: values.to(self.device) for name, values in weights.items()}
 
     def _fill(self, part: nn.Module, prefix: str) -> None:
         head = self._module.get_output_embeddings()
@@ -202,7 +211,7 @@ class BlockStream:
                 full = prefix + (f"{name}.{key}" if name else key)
                 values = self._read(full, tuple(parameter.shape)).to(torch.float32)
                 check_finite(values, full, self._label)
-                setattr(module, key, nn.Parameter(values.to(self._device), requires_grad=False))
+                setattr(module, key, nn.Parameter(values.to(self.device), requires_grad=False))
 
 
 class _Replay(nn.Module):

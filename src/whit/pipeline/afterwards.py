@@ -19,6 +19,7 @@ from torch import Tensor
 
 from whit.calibration.text import default_text, first_windows
 from whit.checkpoints.second import SecondGGUF
+from whit.devices import CPU
 from whit.errors import WhitError
 from whit.evaluation.divergence import Comparison
 from whit.evaluation.verdict import Verdict, verdict
@@ -88,11 +89,13 @@ def look(
     intended: Intended,
     progress: Progress | None = None,
     ram: int | None = None,
+    device: torch.device = CPU,
 ) -> Look:
     """Open what was written again and compare it with what was intended and with the original.
 
     length  tokens that the original reads at once
     ram     bytes that the process may take, None for what there is
+    device  where both models run
     Raises nothing of its own: a file that cannot be read is a fault.
     """
     _give_back()
@@ -113,7 +116,7 @@ def look(
 
         try:
             windows = first_windows(default_text(), load_tokenizer(original).encode, length, n_windows)
-            result = compare(read, original, windows, progress)
+            result = compare(read, original, windows, progress, device)
         except WhitError as error:
             reason = str(error)
     found = verdict(result, faults) if faults or result is not None else None

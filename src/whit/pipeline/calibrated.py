@@ -148,7 +148,9 @@ class CalibratedRun:
         found, windows = self._state.fisher() if self._state else None, self._calibration.windows
         if self._ranks.said(found is not None):
             return self._ranks.given(found)
-        found = fisher(self._model, asking, windows, progress=self._tell, ranks=self._ranks)
+        found = fisher(
+            self._model, asking, windows, progress=self._tell, ranks=self._ranks, device=self._calibration.device
+        )
         if self._state:
             self._state.keep_fisher(found)
         return found

@@ -27,6 +27,7 @@ from torch import Tensor
 from whit.allocator import return_memory
 from whit.calibration.labels import pieces
 from whit.checkpoints.atomic import check_folder, whole_file
+from whit.devices import CPU
 from whit.errors import ModelError
 from whit.evaluation.divergence import mean_and_error
 from whit.models.links import Links
@@ -88,10 +89,12 @@ def distil_gguf(
     training: Training | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> Distilled:
     """Write `candidate`, a GGUF file of the original, with better scales and norms to `path`; same size, same codes.
 
     train, held_out  [n, length] int64, windows of token ids that do not overlap
+    device           where both models run; what moves is kept, and moved, on the CPU
     Raises ModelError when the candidate is no GGUF file or of another model, OutputError as `write_gguf` does.
     """
     check_pair(original, candidate)
@@ -99,7 +102,7 @@ def distil_gguf(
         raise ModelError(f"{candidate.label}: is no GGUF file.")
     tell = progress or (lambda done, total, what: None)
     with whole_file(path, candidate.gguf_tensors.n_bytes, overwrite) as file:
-        run = _Run(original, candidate, train, held_out, training or Training(), tell)
+        run = _Run(original, candidate, train, held_out, training or Training(), tell, device)
         found = run.train()
         rewrite_gguf(candidate.gguf_tensors, file, run.student if found.steps else None)
     return found
@@ -114,6 +117,7 @@ def distil_folder(
     training: Training | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> Distilled:
     """As `distil_gguf`, for a folder of quantized safetensors, which is written in its own format.
 
@@ -124,7 +128,7 @@ def distil_folder(
     job = folder_job(candidate, stored)
     check_folder(path, job.n_bytes, overwrite)
     tell = progress or (lambda done, total, what: None)
-    run = _Run(original, candidate, train, held_out, training or Training(), tell)
+    run = _Run(original, candidate, train, held_out, training or Training(), tell, device)
     found = run.train()
     rewrite_folder(job, stored, path, overwrite, run.student if found.steps else None)
     return found
@@ -132,13 +136,20 @@ def distil_folder(
 
 class _Run:
     def __init__(
-        self, original: Model, candidate: Model, train: Tensor, held_out: Tensor, training: Training, tell: Progress
+        self,
+        original: Model,
+        candidate: Model,
+        train: Tensor,
+        held_out: Tensor,
+        training: Training,
+        tell: Progress,
+        device: torch.device,
     ) -> None:
         self._training, self._tell = training, tell
         self._windows, self._n_held = torch.cat([held_out, train]), len(held_out)
-        self._teacher = _Teacher(original, self._windows, tell)
+        self._teacher = _Teacher(original, self._windows, tell, device)
         self._links = Links(model_view(candidate))
-        self._stream = BlockStream(candidate, self._links.read)
+        self._stream = BlockStream(candidate, self._links.read, device)
         stored = stored_of(candidate)
         self.student = Student(stored, candidate.n_bytes)
         self._tied = HEAD not in stored.names()
@@ -178,6 +189,7 @@ class _Run:
         """Divergence of every token that is not trained on."""
         hidden = self._forwards(range(self._n_held), keep=False)[-1]
         head, weights = self._outer()
+        head = head.to(self._stream.device)
         found = []
         for index in range(self._n_held):
             for part in pieces(hidden[index].shape[1], head.shape[0]):
@@ -212,7 +224,7 @@ class _Run:
             sums: list[Tensor | None] = [None] * len(wanted)
             for n, hidden in enumerate(reached.pop()):
                 at = hidden.detach().requires_grad_()
-                with _fast():
+                with _fast(self._stream.device):
                     out = self._stream.run(index, at, weights)
                     found = torch.autograd.grad(out, [at, *wanted.values()], gradients[n], allow_unused=True)
                 gradients[n] = found[0]
@@ -269,7 +281,7 @@ class _Run:
                     off -= self._teacher.log_p(index, part).exp_()
                     off /= n_tokens
                 at.requires_grad_()
-                with _fast():
+                with _fast(self._stream.device):
                     logits = self._stream.logits(at, head, weights)
                     found = torch.autograd.grad(logits, [at, *wanted.values()], off.to(logits.dtype), allow_unused=True)
                 parts.append(found[0])
@@ -323,10 +335,10 @@ class _Teacher:
     n_vocab  rows of the head
     """
 
-    def __init__(self, model: Model, windows: Tensor, tell: Progress) -> None:
+    def __init__(self, model: Model, windows: Tensor, tell: Progress, device: torch.device) -> None:
         view = model_view(model)
         links = Links(view)
-        self._stream = BlockStream(model, links.read)
+        self._stream = BlockStream(model, links.read, device)
         hidden = self._stream.start(windows)
         for index in range(self._stream.n_blocks):
             tell(index, self._stream.n_blocks, "reading with the original")
@@ -336,7 +348,7 @@ class _Teacher:
             return_memory()
         self._hidden = hidden
         tensors = {tensor.name: tensor for tensor in view.tensors}
-        self._head = tensors[HEAD if HEAD in tensors else EMBEDDING].read()
+        self._head = tensors[HEAD if HEAD in tensors else EMBEDDING].read().to(device)
         self.n_vocab = self._head.shape[0]
 
     def log_p(self, index: int, part: slice) -> Tensor:
@@ -352,6 +364,6 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first + second
 
 
-def _fast() -> torch.autocast:
-    """bfloat16 products where the processor has them."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16())
+def _fast(device: torch.device) -> torch.autocast:
+    """bfloat16 products where the device has them."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu" or has_bfloat16())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from whit.calibration.labels import STORED, batches
+from whit.devices import CPU
 from whit.models.model import Model
 from whit.models.taps import Slot
 from whit.pipeline.inputs import Inputs
@@ -31,6 +32,7 @@ def fisher(
     seed: int = 0,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Fisher information of every weight of some matrices: tensor name -> bfloat16 of the tensor's shape.
 
@@ -41,6 +43,7 @@ def fisher(
     windows  [n, length] int64
     seed     of the labels
     ranks    who sweeps a batch each; all of them have the result
+    device   where this one runs the model
     """
     tell = progress or (lambda done, total, what: None)
     found: dict[str, Tensor] = {}
@@ -48,7 +51,7 @@ def fisher(
     for n in range(len(chosen)):
         if n % ranks.size == 0 and n + ranks.rank < len(chosen):  # everyone's next before anyone's is waited for
             mine = n + ranks.rank
-            sweep = Sweep(model, windows[chosen[mine]], seed + mine, tell)
+            sweep = Sweep(model, windows[chosen[mine]], seed + mine, tell, device)
             visitor = _Squares(sweep, frozenset(names), sum(map(len, chosen)))
             visitor.run()
             kept = visitor.fisher
@@ -85,7 +88,7 @@ class _Squares:
             for k, slot in enumerate(slots):
                 rows = cast(_Rows, gradients.of(name, slot))
                 if rows.sum is not None:
-                    (whole[k] if len(shape) == 3 else whole)[rows.in_file] = rows.sum
+                    (whole[k] if len(shape) == 3 else whole)[rows.in_file] = rows.sum.cpu()
             self.fisher[name] = (whole / self._n_windows).to(STORED)
 
 
@@ -97,5 +100,6 @@ class _Rows:
         self.sum: Tensor | None = None
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
-        square = ((gradient[:, self._outputs] * self._scale).T @ x).square()
+        here = gradient[:, self._outputs.to(gradient.device)] * self._scale.to(gradient.device)
+        square = (here.T @ x).square()
         self.sum = square if self.sum is None else self.sum.add_(square)

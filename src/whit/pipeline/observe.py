@@ -13,6 +13,7 @@ from torch import Tensor
 from whit.allocator import keep_large_apart, return_memory
 from whit.calibration.moments import Moments
 from whit.checkpoints.imatrix import ImportanceMatrix
+from whit.devices import CPU
 from whit.models.architecture import GGUFView
 from whit.models.links import Links
 from whit.models.model import Model
@@ -30,16 +31,22 @@ HEADS = ("output.weight", "token_embd.weight")
 
 
 def importance_matrix(
-    model: Model, view: GGUFView, windows: Tensor, source: str, progress: Progress | None = None
+    model: Model,
+    view: GGUFView,
+    windows: Tensor,
+    source: str,
+    progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> ImportanceMatrix:
     """The mean squared inputs of every matrix of the original model, head included, on calibration windows.
 
     view     the model's tensors as a GGUF file names them
     windows  [n, length] int64
     source   what the text is
+    device   where the model runs
     """
     links, tell = Links(view), progress or (lambda done, total, what: None)
-    stream = BlockStream(model, links.read)
+    stream = BlockStream(model, links.read, device)
     hidden, total = stream.start(windows), stream.n_blocks + 1
     found = _Importance(view, links)
     for index in range(stream.n_blocks):
@@ -71,19 +78,21 @@ def gather_statistics(
     windows: Tensor,
     statistics: Statistics,
     progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> None:
     """Fill `statistics` with the moments of the original model; those of an earlier call are gone on from.
 
     view     the model's tensors as a GGUF file names them
     steps    of any plan for them, by which their values are read
     windows  [n, length] int64
+    device   where the model runs
     Raises BadWeightsError for weights that are not finite, OutputError when they cannot be kept.
     """
     if statistics.complete:
         return
     keep_large_apart()
     links, tell, named = Links(view), progress or (lambda done, total, what: None), {s.tensor.name: s for s in steps}
-    stream, first, sound = BlockStream(model, links.read), statistics.n_blocks, set[str]()
+    stream, first, sound = BlockStream(model, links.read, device), statistics.n_blocks, set[str]()
     total, hidden = stream.n_blocks + 1, stream.start(windows)
     stream.fill(0)
     stream.fuse_attention(hidden[0])  # decided on the first block, for all

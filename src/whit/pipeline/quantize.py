@@ -9,12 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from whit.checkpoints.atomic import check_target, whole_file
 from whit.checkpoints.gguf import Announced, GGUFWriter
 from whit.checkpoints.imatrix import ImportanceMatrix
 from whit.checkpoints.stacked import METHOD, StackedTensors
+from whit.devices import CPU
 from whit.errors import ModelError
 from whit.grids.quantized import QuantizedTensor
 from whit.layouts.ggml import GGML_TYPES
@@ -135,14 +137,17 @@ def _stacks(view: GGUFView, source: StackedTensors) -> Callable[[str, str], Call
     return stored
 
 
-def gather_importance(model: Model, windows: Tensor, source: str, progress: Progress | None = None) -> ImportanceMatrix:
+def gather_importance(
+    model: Model, windows: Tensor, source: str, progress: Progress | None = None, device: torch.device = CPU
+) -> ImportanceMatrix:
     """The mean squared inputs of every matrix of a model on calibration windows [n, length] int64.
 
     source  what the text is
+    device  where the model runs
     """
     from whit.pipeline.observe import importance_matrix  # it imports transformers, which takes seconds
 
-    return importance_matrix(model, model_view(model), windows, source, progress)
+    return importance_matrix(model, model_view(model), windows, source, progress, device)
 
 
 def predicted_bytes(model: Model, recipe: Recipe) -> int:

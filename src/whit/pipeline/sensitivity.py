@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from whit.calibration.moments import Moments
+from whit.devices import CPU
 from whit.grids.grid import Adaptive
 from whit.grids.named import grid_named
 from whit.models.architecture import GGUFTensor
@@ -75,6 +76,7 @@ def sensitivities(
     seed: int = 0,
     progress: Progress | None = None,
     plain: bool = False,
+    device: torch.device = CPU,
 ) -> Damages:
     """Nats per token for every tensor and each of its candidates.
 
@@ -82,10 +84,11 @@ def sensitivities(
     windows     [n, length] int64
     seed        of the labels
     plain       for plain rounding, not for error feedback
+    device      where the model runs; rounding stays on the CPU
     Raises BadWeightsError for weights or activations that are not finite.
     """
     tell = progress or (lambda done, total, what: None)
-    found = _Damaged(Sweep(model, windows, seed, tell), candidates, plain)
+    found = _Damaged(Sweep(model, windows, seed, tell, device), candidates, plain)
     return found.damages()
 
 
@@ -205,13 +208,13 @@ class _Rows:
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
         """One window: gradients [tokens, outputs of the product] and inputs [tokens, cols]."""
-        here = gradient[:, self.outputs] * self._scale
+        here = gradient[:, self.outputs.to(gradient.device)] * self._scale.to(gradient.device)
         if not self.drawn.numel():
-            self.drawn, self._chance = _drawn(here.double().square().sum(0), self._n)
+            self.drawn, self._chance = _drawn(here.double().square().sum(0).cpu(), self._n)
             self._energy = torch.zeros(self.drawn.numel(), dtype=torch.float64)
-        here = here[:, self.drawn]
-        self._energy += here.double().square().sum(0)
-        self._pushes.append(here.T @ x)
+        here = here[:, self.drawn.to(here.device)]
+        self._energy += here.double().square().sum(0).cpu()
+        self._pushes.append((here.T @ x).cpu())
 
     def weighed(self) -> tuple[Tensor, Tensor]:
         """Energy and pushes as a _Sample has them."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from whit.allocator import return_memory
 from whit.calibration.labels import pieces
+from whit.devices import CPU
 from whit.grids.named import grid_named
 from whit.models.links import Links
 from whit.models.model import Model
@@ -22,31 +23,40 @@ Changed = Callable[[Tensor], Tensor]  # a tensor of the original, float32 -> wha
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
-def measured(model: Model, pairs: Sequence[tuple[str, str]], windows: Tensor, progress: Progress) -> list[float]:
+def measured(
+    model: Model, pairs: Sequence[tuple[str, str]], windows: Tensor, progress: Progress, device: torch.device = CPU
+) -> list[float]:
     """Mean KL divergence, nats per token, of the original with one tensor on a grid, by plain rounding.
 
     pairs    (tensor, grid)
     windows  [n, length] int64
+    device   where the model runs
     """
 
     def on(grid: str) -> Changed:
         return lambda W: nearest(W.reshape(-1, W.shape[-1]), grid_named(grid)).dequantize().reshape(W.shape)
 
-    return changed(model, [(name, on(grid)) for name, grid in pairs], windows, progress)
+    return changed(model, [(name, on(grid)) for name, grid in pairs], windows, progress, device=device)
 
 
 def changed(
-    model: Model, changes: Sequence[tuple[str, Changed]], windows: Tensor, progress: Progress, start: int = 0
+    model: Model,
+    changes: Sequence[tuple[str, Changed]],
+    windows: Tensor,
+    progress: Progress,
+    start: int = 0,
+    device: torch.device = CPU,
 ) -> list[float]:
     """Mean KL divergence, nats per token, of the original with one tensor replaced, for every change.
 
     changes  (tensor, what becomes of it)
     windows  [n, length] int64
     start    the first position of a window that counts
+    device   where the model runs
     """
     view = model_view(model)
     links, tensors = Links(view), {tensor.name: tensor for tensor in view.tensors}
-    stream = BlockStream(model, links.read)
+    stream = BlockStream(model, links.read, device)
     total = len(changes) + 1
     progress(0, total, "the original")
     reached = [stream.start(windows)]

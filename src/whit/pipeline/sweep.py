@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from whit.allocator import return_memory
 from whit.calibration.labels import pieces, towards
+from whit.devices import CPU
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.stream import BlockStream
@@ -32,7 +33,7 @@ class Rows(Protocol):
     """What is gathered of one tensor at one product."""
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
-        """One window: gradients [tokens, outputs of the product] and inputs [tokens, cols]."""
+        """One window: gradients [tokens, outputs of the product] and inputs [tokens, cols], where the model runs."""
         ...
 
 
@@ -48,7 +49,7 @@ class Visitor(Protocol):
         ...
 
     def predicts(self, p: Tensor) -> None:
-        """Probabilities [tokens, vocabulary] of some tokens of it."""
+        """Probabilities [tokens, vocabulary] of some tokens of it, on the CPU."""
         ...
 
     def rows(self, name: str, slot: Slot, outputs: Tensor, in_file: Tensor, scale: Tensor, share: int) -> Rows:
@@ -73,10 +74,11 @@ class Sweep:
     windows         [n, length] int64
     """
 
-    def __init__(self, model: Model, windows: Tensor, seed: int, tell: Progress) -> None:
+    def __init__(self, model: Model, windows: Tensor, seed: int, tell: Progress, device: torch.device = CPU) -> None:
+        """device  where the model runs; labels are drawn, and what is between blocks is kept, on the CPU"""
         view = model_view(model)
         self.links = Links(view)
-        self.stream = BlockStream(model, self.links.read)
+        self.stream = BlockStream(model, self.links.read, device)
         self.tensors = {tensor.name: tensor for tensor in view.tensors}
         self.windows, self._tell = windows, tell
         self._generator = torch.Generator().manual_seed(seed)
@@ -103,7 +105,7 @@ class Sweep:
 
     def _head(self, hidden: list[Tensor], visitor: Visitor) -> list[Tensor]:
         """The gradient of the sampled labels' log-likelihood at the head's input."""
-        W = self.tensors[HEAD if HEAD in self.tensors else EMBEDDING].read()
+        W = self.tensors[HEAD if HEAD in self.tensors else EMBEDDING].read().to(self.stream.device)
         gradients = []
         for window in hidden:
             visitor.arrives(self.stream.final(window))

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from whit.devices import CPU
 from whit.errors import RecipeError
 from whit.evaluation.compare import final_states, token_measures
 from whit.evaluation.divergence import mean_and_error
@@ -59,7 +60,8 @@ class Trials:
         """windows  [n, length] int64 that nothing else has seen; folder  for the files"""
         self._model, self._calibration, self._windows, self._folder = model, calibration, windows, folder
         self._tell, self._n = tell, 0
-        self._reference = final_states(model, windows)
+        self._device = CPU if calibration is None else calibration.device
+        self._reference = final_states(model, windows, device=self._device)
 
     def of(self, allocation: Allocation, what: str) -> Trial:
         """One file."""
@@ -70,7 +72,7 @@ class Trials:
             self._tell(done, total, f"{what}: {part}")
 
         result = write_model(self._model, allocation.recipe, path, True, tell, self._calibration)
-        states = final_states(open_model(path), self._windows)
+        states = final_states(open_model(path), self._windows, device=self._device)
         return Trial(allocation, result, token_measures(states, self._reference, self._windows).kl)
 
 

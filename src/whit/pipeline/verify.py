@@ -100,7 +100,7 @@ class Original:
         """written  tokens that every prompt is continued by
         device   where this and the files' models run as a whole
         """
-        self.model, self.windows, self._device = model, windows, device
+        self.model, self.windows, self.device = model, windows, device
         self.prompts = windows[:PROMPTS, : min(PROMPT, windows.shape[1] // 2)]
         self._written = written
         self._read: tuple[FinalStates, Tensor] | None = None
@@ -118,7 +118,7 @@ class Original:
         def write(module: nn.Module) -> None:
             said.append(greedy(module, self.prompts, self._written))
 
-        return final_states(model, self.windows, progress, write, self._device), said[0]
+        return final_states(model, self.windows, progress, write, self.device), said[0]
 
 
 def verify(
@@ -154,7 +154,7 @@ def looked_at(path: Path, original: Original, progress: Progress | None = None) 
         result = summarize(tokens)
     except BadWeightsError as error:
         unreadable = str(error)
-    culprits = _culprits(looked, second, original.model, original.windows[:1, :TRIED], _part(tell, 80, 100))
+    culprits = _culprits(looked, second, original, _part(tell, 80, 100))
     verified = Verified(
         verdict(result, faults, unreadable),
         result,
@@ -214,7 +214,7 @@ def _measured(candidate: Model, original: Original, tell: Progress) -> tuple[Tok
     return tokens, said, compared(said, expected)
 
 
-def _culprits(looked: Scan, second: Decoded, original: Model, window: Tensor, tell: Progress) -> tuple[Culprit, ...]:
+def _culprits(looked: Scan, second: Decoded, original: Original, tell: Progress) -> tuple[Culprit, ...]:
     """The tensors with faults, then those with the largest errors for their types, tried one at a time."""
     suspects = [name for name, each in looked.damages.items() if each.fault]
     sound = {name: each for name, each in looked.damages.items() if not each.fault and each.expected > 0}
@@ -223,7 +223,9 @@ def _culprits(looked: Scan, second: Decoded, original: Model, window: Tensor, te
     values = {tensor.name: tensor for tensor in second.view.tensors}
     tried = [name for name in suspects[:BLAMED] if torch.isfinite(values[name].read()).all()]
     changes = [(name, lambda W, name=name: looked.frame.undo(name, values[name].read())) for name in tried]
-    kls = dict(zip(tried, changed(original, changes, window, tell, window.shape[1] // 2), strict=True))
+    window = original.windows[:1, :TRIED]
+    measured = changed(original.model, changes, window, tell, window.shape[1] // 2, original.device)
+    kls = dict(zip(tried, measured, strict=True))
     found = [Culprit(name, looked.types[name], looked.damages[name], kls.get(name)) for name in suspects[:BLAMED]]
     return tuple(sorted(found, key=lambda each: -(each.kl if each.kl is not None else float("inf"))))
 

@@ -242,14 +242,14 @@ class Job:
             model = self._order.model
             steps = plan_gguf(model, recipe_named("f32")).steps
             with self._bar("statistics") as progress:
-                gather_statistics(model, model_view(model), steps, found.windows, statistics, progress)
+                gather_statistics(model, model_view(model), steps, found.windows, statistics, progress, found.device)
         self._text, self.source = replace(found, statistics=statistics), found.source
         return self._text
 
     def _verified(self, path: Path, intended: Intended, progress: Progress) -> tuple[Verified, tuple[str, ...]]:
         """What `whit verify` finds, and what is not as it was meant to be written."""
         order = self._order
-        self._read = self._read or Original(order.model, order.held_out)
+        self._read = self._read or Original(order.model, order.held_out, device=order.effort.device)
         found = looked_at(path, self._read, progress).verified
         try:
             wrong = intended.differing(decoded(open_model(path)).model)
