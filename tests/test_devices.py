@@ -66,13 +66,18 @@ def test_what_is_no_device_is_refused(monkeypatch: pytest.MonkeyPatch, name: str
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    "verb", ["quantize", "eval", "verify", "tune", "distil", "imatrix", "plan", "frontier", "release"]
+    "verb", ["quantize", "eval", "verify", "tune", "distil", "imatrix", "plan", "frontier", "release", "report"]
 )
 def test_a_gpu_that_is_not_there_is_a_message(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny("llama", tmp_path / "m", vocab_size=TOY_VOCAB)
     save_toy_tokenizer("llama", tmp_path / "m")
     out, against = ["-o", str(tmp_path / "a")], ["--against", str(tmp_path / "m")]
-    wanted = {"quantize": [*out, "--recipe", "q8_0"], "plan": ["--predict"], "distil": [*out, *against]}
+    wanted = {
+        "quantize": [*out, "--recipe", "q8_0"],
+        "plan": ["--predict"],
+        "distil": [*out, *against],
+        "report": [*out, *against],
+    }
     rest = wanted.get(verb, against if verb in ("eval", "verify") else out)
     assert run([verb, str(tmp_path / "m"), *rest, "--device", "cuda"]) == 2
     assert "--device cuda: torch" in capsys.readouterr().err

@@ -14,6 +14,8 @@ from whit.checkpoints.atomic import check_target, whole_file
 from whit.checkpoints.imatrix import read_imatrix
 from whit.cli.measured import DEFAULT_WINDOWS, measured_windows
 from whit.cli.progress import progress_bar
+from whit.cli.ranks import DEVICE_HELP
+from whit.devices import device_named
 from whit.errors import OutputError
 from whit.evaluation.frontier import drawing
 from whit.models.open import open_model
@@ -41,6 +43,7 @@ def command(
     windows: Annotated[
         int, typer.Option(min=1, help=f"Use at most so many windows of {WINDOW} tokens, from the start.")
     ] = DEFAULT_WINDOWS,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace the page and pictures that exist.")] = False,
 ) -> None:
     """Write a page that compares quantized files with their original, and says which one to take.
@@ -50,11 +53,11 @@ def command(
     drawing()
     folder = pictures_ or out.with_name(f"{out.stem}-pictures")
     _check_targets(out, folder, distinct(files), force)
-    original = open_model(against)
+    place, original = device_named(device), open_model(against)
     importance = None if imatrix is None else (imatrix.name, read_imatrix(imatrix))
     source, used = measured_windows(original, text, windows)
     with progress_bar("measuring") as progress:
-        found = gathered(files, original, used, source, importance, progress)
+        found = gathered(files, original, used, source, importance, progress, place)
     drawn = pictures(found)
     raw = page(found, drawn).encode()
     try:

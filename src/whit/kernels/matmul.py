@@ -25,11 +25,11 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     Returns [..., rows] in x.dtype. Weights take their stored values, sums run in float32 (in torch's own way where it
     multiplies: x of more than a few rows). Gradients flow to x and to the bias.
     """
+    if _unwatched(x) and (ready := _ready(packed)) and library.NATIVE is not None and x.dtype in library.FLOATS:
+        return library.NATIVE.linear(x, bias, *ready)
     form = packed.form
     if form.kind is Kind.PLAIN:
         return ops.plain_linear(x, _decoded(packed), bias)
-    if library.NATIVE is not None and _unwatched(x) and x.dtype in library.FLOATS:
-        return library.NATIVE.linear(x, bias, *_ready(packed))
     return torch.ops.whit.linear.default(x, bias, *_matrix(packed, form))
 
 
@@ -43,12 +43,12 @@ def linear_int8(
     bias   [rows], any float dtype
     Returns [..., rows] in `dtype`.
     """
+    if _unwatched(x) and (ready := _ready(packed)) and library.NATIVE is not None:
+        return library.NATIVE.linear_int8(x, scale, bias, dtype, *ready)
     form = packed.form
     if form.kind is Kind.PLAIN:
         y = torch.nn.functional.linear(x.float(), _decoded(packed)) * scale
         return (y if bias is None else y + bias).to(dtype)
-    if library.NATIVE is not None and _unwatched(x):
-        return library.NATIVE.linear_int8(x, scale, bias, dtype, *_ready(packed))
     return torch.ops.whit.linear_int8.default(x, scale, bias, dtype, *_matrix(packed, form))
 
 
@@ -104,15 +104,19 @@ def _unwatched(x: Tensor) -> bool:
     )
 
 
-def _ready(packed: Packed) -> tuple[Matrix, library.Pointers]:
-    """A matrix's tensors and where they are, remembered as long as they are there."""
-    known: tuple[tuple[int, ...], Matrix, library.Pointers] | None = packed.__dict__.get("_ready")
-    at = tuple([buffer.data_ptr() for buffer in packed.buffers.values()])
+def _ready(packed: Packed) -> tuple[Matrix, library.Pointers] | None:
+    """A matrix's tensors and where they are, remembered as long as they are there; None where there is no
+    kernel for them."""
+    known = packed.__dict__.get("_ready")
+    at = [buffer.data_ptr() for buffer in packed.buffers.values()]
     if known is None or known[0] != at:
-        matrix = _matrix(packed, packed.form)
-        known = at, matrix, library.pointers_of(matrix)
+        form = packed.form
+        there = form.kind is not Kind.PLAIN and packed.buffers["codes"].is_cpu
+        matrix = _matrix(packed, form) if there else None
+        known = at, None if matrix is None else (matrix, library.pointers_of(matrix))
         packed.__dict__["_ready"] = known
-    return known[1], known[2]
+    found: tuple[Matrix, library.Pointers] | None = known[1]
+    return found
 
 
 def _matrix(packed: Packed, form: Form) -> Matrix:

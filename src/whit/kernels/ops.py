@@ -44,13 +44,13 @@ def name_of(grid: Grid) -> str:
 
 
 def _linear(x: Tensor, bias: Tensor | None, *matrix: Any) -> Tensor:
-    if library.NATIVE is not None and x.is_cpu and x.dtype in library.FLOATS:
+    if library.NATIVE is not None and x.is_cpu and matrix[0].is_cpu and x.dtype in library.FLOATS:
         return library.NATIVE.linear(x, bias, matrix, library.pointers_of(matrix))
     return reference.linear(x, reference.dequantize(*matrix), bias)
 
 
 def _linear_int8(x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: Any) -> Tensor:
-    if library.NATIVE is not None and x.is_cpu:
+    if library.NATIVE is not None and x.is_cpu and matrix[0].is_cpu:
         return library.NATIVE.linear_int8(x, x_scale, bias, dtype, matrix, library.pointers_of(matrix))
     return reference.linear_int8(x, x_scale, reference.dequantize(*matrix), bias, dtype)
 
@@ -69,7 +69,7 @@ def _dequantize(dtype: torch.dtype, *matrix: Any) -> Tensor:
 
 def _rows(index: Tensor, dtype: torch.dtype, *matrix: Any) -> Tensor:
     codes, scale, offset, table, columns, beside, rows, cols, bits, group, zero, unit = matrix
-    if library.NATIVE is not None and index.is_cpu and dtype in library.FLOATS:
+    if library.NATIVE is not None and index.is_cpu and matrix[0].is_cpu and dtype in library.FLOATS:
         return library.NATIVE.rows(index, dtype, *matrix)
     if scale is None:
         few, at = index.reshape(-1), torch.arange(index.numel(), device=index.device)

@@ -15,10 +15,12 @@ from os.path import abspath
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from whit.calibration.text import Text
 from whit.checkpoints.imatrix import ImportanceMatrix
+from whit.devices import CPU
 from whit.errors import BadWeightsError, BrokenFileError, ModelError
 from whit.models.architecture import GGUFTensor
 from whit.models.model import Model, bits_per_weight
@@ -42,18 +44,20 @@ def gathered(
     text: Text,
     importance: tuple[str, ImportanceMatrix] | None = None,
     progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> Report:
     """Measure files beside the original.
 
     windows     [n, length] int64, of the original's tokenizer, cut from `text`
     importance  the name of an importance matrix, and what is in it
+    device      where the models run
     Raises ModelError, before anything is measured, when a file is missing or was made from another model, when the
     original cannot be used, or for two names of one file; TextError as `compare` does. A file that cannot be read or
     run is no error: the report says so.
     """
     started, tell = time.perf_counter(), progress or (lambda done, total, what: None)
     opened = _opened(files, original)
-    beside, tokenizer = Original(original, windows, WRITTEN), load_tokenizer(original)
+    beside, tokenizer = Original(original, windows, WRITTEN, device), load_tokenizer(original)
     tensors = {tensor.name: tensor for tensor in model_view(original).tensors}
     found, n = [], len(files)
     for done, (path, name) in enumerate(zip(files, distinct(files), strict=True)):
