@@ -10,6 +10,7 @@ import torch
 from tiny import random_tokens, save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit.checkpoints.gguf import GGUFFile
+from whit.devices import CPU
 from whit.errors import ModelError
 from whit.layouts.ggml import GGML_TYPES
 from whit.models.open import open_model
@@ -37,7 +38,7 @@ def saved(kind: str, folder: Path, recipe: str = "q4_0", **changes: object) -> t
 def test_gradients_are_those_of_finite_differences(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distil, "has_bfloat16", lambda: False)
     original, file = saved(kind, tmp_path)
-    run = distil._Run(open_model(original), open_model(file), TRAIN, HELD_OUT, Training(), lambda *_: None)
+    run = distil._Run(open_model(original), open_model(file), TRAIN, HELD_OUT, Training(), lambda *_: None, CPU)
     run._gradients(range(len(HELD_OUT)))
     step = 1e-2  # wide: scales are rounded to float16
     checked = 0
