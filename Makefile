@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TESTS ?= tests
 
-.PHONY: install demo test web-assets check bench docs docs-examples clean
+.PHONY: install demo test web-assets triton check bench docs docs-examples clean
 
 install: $(STAMP)
 
@@ -27,10 +27,17 @@ demo: install
 web-assets: install
 	$(BIN)/python -m whit.web.vendor
 
+# Triton, in a folder of its own: the kernels for GPUs are tested under its interpreter; where there is none, they are skipped.
+triton: build/triton/triton
+
+build/triton/triton: install
+	test -d $@ || $(PIP) install -c constraints.txt --no-deps --target build/triton triton
+
 # The tests of pages need these files, npm and Chromium; they are skipped where something is missing.
 # One thread per worker: threads of two workers that wait for each other on two cores take five times as long.
 test: install
 	-@if command -v npm >/dev/null; then $(BIN)/python -m whit.web.vendor; fi
+	-@$(MAKE) --no-print-directory triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 check: install

@@ -9,7 +9,10 @@ Plain matrices have no kernel: one operator decodes them, and its grid travels b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,13 +49,43 @@ def name_of(grid: Grid) -> str:
 def _linear(x: Tensor, bias: Tensor | None, *matrix: Any) -> Tensor:
     if library.NATIVE is not None and x.is_cpu and matrix[0].is_cpu and x.dtype in library.FLOATS:
         return library.NATIVE.linear(x, bias, matrix, library.pointers_of(matrix))
+    gpu = _triton(x)
+    if gpu is not None and 0 < x.numel() // x.shape[-1] <= gpu.MOST and x.dtype in gpu.FLOATS:
+        return cast(Tensor, gpu.linear(x, bias, None, x.dtype, *matrix))
     return reference.linear(x, reference.dequantize(*matrix), bias)
 
 
 def _linear_int8(x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *matrix: Any) -> Tensor:
     if library.NATIVE is not None and x.is_cpu and matrix[0].is_cpu:
         return library.NATIVE.linear_int8(x, x_scale, bias, dtype, matrix, library.pointers_of(matrix))
+    gpu = _triton(x)
+    if gpu is not None and 0 < x.numel() // x.shape[-1] <= gpu.MOST:
+        return cast(Tensor, gpu.linear(x, bias, x_scale, dtype, *matrix))
+    if on_gpu(x):
+        found = reference.linear_of_integers(x, x_scale, bias, dtype, *matrix)
+        if found is not None:
+            return found
     return reference.linear_int8(x, x_scale, reference.dequantize(*matrix), bias, dtype)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether products with x run on a GPU."""
+    return x.is_cuda
+
+
+def _triton(x: Tensor) -> ModuleType | None:
+    """The products in Triton where they can run; torch's builds for GPUs bring it, except on Windows."""
+    return _gpu() if on_gpu(x) else None
+
+
+@cache
+def _gpu() -> ModuleType | None:
+    try:
+        return import_module("whit.kernels.gpu")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +141,7 @@ for _name, _function in {
     "decode": _decode,
 }.items():
     _LIBRARY.impl(_name, _function, "CPU")
-    _LIBRARY.impl(_name, _function, "CUDA")  # torch's own operations on decoded weights
+    _LIBRARY.impl(_name, _function, "CUDA")
 
 
 # What torch.compile needs: shapes and dtypes alone.

@@ -59,3 +59,35 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(-1, keepdim=True)
     scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
     return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def linear_of_integers(
+    x: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    codes: Tensor, scale: Tensor | None, offset: Tensor | None, table: Tensor | None, columns: Tensor | None,
+    beside: Tensor | None, rows: int, cols: int, bits: int, group: int, zero: int, unit: float,
+) -> Tensor | None:  # fmt: skip
+    """As `linear_int8`, in torch's own product of int8 matrices with int32 sums; None where it cannot be used.
+
+    It can for integer levels with one scale per row, for more than sixteen rows of x and multiples of eight rows and
+    columns (what cuBLAS asks for).
+    """
+    m = x.numel() // cols
+    whole = scale is not None and scale.shape[1] == 1 and table is None
+    if not whole or scale is None or m <= 16 or rows % 8 or cols % 8:
+        return None
+    middle = 1 << (bits - 1)  # codes less this fit into int8, whatever their zero point is
+    flat = x.reshape(m, cols)
+    levels = (unpack_tiles(codes, rows, cols, bits).short() - middle).to(torch.int8)
+    y = torch._int_mm(flat.contiguous(), levels.T).float()
+    sums = flat.sum(1, dtype=torch.int32).float()[:, None]
+    factor = (untile_params(scale, rows).float() * unit).T
+    above = float(zero - middle)
+    if offset is not None and offset.dtype == torch.uint8:
+        y = y - sums * (untile_params(offset, rows).float().T + above)
+    elif above:
+        y = y - sums * above
+    y = y * factor
+    if offset is not None and offset.dtype != torch.uint8:
+        y = y + sums * untile_params(offset, rows).float().T
+    y = y * (x_scale.float() if x_scale.numel() == 1 else x_scale.float().reshape(m, 1))
+    return (y if bias is None else y + bias.float()).to(dtype).view(*x.shape[:-1], rows)
