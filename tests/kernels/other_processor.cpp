@@ -12,9 +12,9 @@ using namespace whit;
 extern "C" {
 const char* whit_name();
 int whit_choose(const char* name);
-void whit_linear(const void* x, int64_t m, const void* bias, void* y, int type, int threads, WHIT_MATRIX);
+void whit_linear(const void* x, int64_t m, const void* bias, void* y, int type, int threads, const Given* given);
 void whit_linear_int8(const int8_t* x, int64_t m, const float* x_scale, int64_t scale_step, const void* bias, void* y,
-                      int type, int threads, WHIT_MATRIX);
+                      int type, int threads, const Given* given);
 }
 
 namespace {
@@ -54,11 +54,11 @@ double compare(const char* own, const Case& c) {
     for (int which = 0; which < 2; which++) {
       if (!whit_choose(which ? own : "generic")) exit(2);
       y[which].resize(size_t(c.m * c.rows));
-#define MATRIX codes.data(), in_rows ? nullptr : reinterpret_cast<uint8_t*>(scale.data()), F32, \
-    static_cast<const uint8_t*>(offset), c.offset, levels, groups * n_levels, nullptr, 2, nullptr, 0, c.rows, c.cols, c.bits, \
-    c.group, from, 1.0f
-      if (whole) whit_linear_int8(q.data(), c.m, x_scale.data(), 1, nullptr, y[which].data(), F32, 1, MATRIX);
-      else whit_linear(x.data(), c.m, nullptr, y[which].data(), F32, 1, MATRIX);
+      const Given given = {codes.data(), in_rows ? nullptr : reinterpret_cast<uint8_t*>(scale.data()),
+                           static_cast<const uint8_t*>(offset), levels, nullptr, nullptr, groups * n_levels, 0, c.rows, c.cols,
+                           c.group, F32, c.offset, 2, c.bits, from, 1.0f};
+      if (whole) whit_linear_int8(q.data(), c.m, x_scale.data(), 1, nullptr, y[which].data(), F32, 1, &given);
+      else whit_linear(x.data(), c.m, nullptr, y[which].data(), F32, 1, &given);
     }
     // |x| <= 1 (1.27 for integers), |w| below half the range of the levels times the largest scale
     const double most = in_rows ? 0.1 : 0.02 * double(n_levels) + (c.offset == MINIMUM ? 0.1 : 0.0);

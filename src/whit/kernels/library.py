@@ -6,7 +6,6 @@ Its threads are torch's: both ask for libgomp.so.1, and the one that torch broug
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +29,30 @@ Matrix = tuple[
     Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int, int, int, float
 ]
 N_TENSORS = 6  # with which it begins
-Pointers = tuple[Any, ...]
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_MATRIX = (_P, _P, _I, _P, _I, _P, _L, _P, _I, _P, _L, _L, _L, _I, _L, _I, ctypes.c_float)
+
+
+class Pointers(ctypes.Structure):
+    """A packed matrix as the library takes it (`Given` of native/host.h), while its tensors stay there."""
+
+    _fields_ = (
+        ("codes", _P), ("scale", _P), ("offset", _P), ("table", _P), ("columns", _P), ("beside", _P),
+        ("book_step", _L), ("count", _L), ("rows", _L), ("cols", _L), ("group", _L),
+        ("scale_type", _I), ("offset_kind", _I), ("column_bytes", _I), ("bits", _I), ("zero", _I),
+        ("unit", ctypes.c_float),
+    )  # fmt: skip
+
+
+_M = ctypes.POINTER(Pointers)
 _SIGNATURES = {
-    "whit_linear": (_P, _L, _P, _P, _I, _I, *_MATRIX),
-    "whit_linear_int8": (_P, _L, _P, _L, _P, _P, _I, _I, *_MATRIX),
-    "whit_linear_many": (_P, _L, _P, _P, _I, _I, *_MATRIX),
-    "whit_linear_int8_many": (_P, _L, _P, _L, _P, _P, _I, _I, *_MATRIX),
+    "whit_linear": (_P, _L, _P, _P, _I, _I, _M),
+    "whit_linear_int8": (_P, _L, _P, _L, _P, _P, _I, _I, _M),
+    "whit_linear_many": (_P, _L, _P, _P, _I, _I, _M),
+    "whit_linear_int8_many": (_P, _L, _P, _L, _P, _P, _I, _I, _M),
     "whit_quantize_rows": (_P, _L, _L, _P, _P, _I, _I),
-    "whit_dequantize": (_L, _L, _P, _I, _I, *_MATRIX),
-    "whit_rows": (_P, _L, _P, _I, _I, *_MATRIX),
+    "whit_dequantize": (_L, _L, _P, _I, _I, _M),
+    "whit_rows": (_P, _L, _P, _I, _I, _M),
 }
 
 
@@ -78,20 +89,17 @@ class Native:
         m = x.numel() // cols
         bias = None if bias is None else bias.to(x.dtype).contiguous()
         y = x.new_empty((*x.shape[:-1], rows))
+        arguments = (
+            x.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[x.dtype],
+            torch.get_num_threads(), pointers,
+        )  # fmt: skip
         if m >= MANY_TILED:
-            done = self.library.whit_linear_many(
-                x.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[x.dtype],
-                torch.get_num_threads(), *pointers,
-            )  # fmt: skip
-            if done:
+            if self.library.whit_linear_many(*arguments):
                 return y
-        if m >= MANY[x.dtype]:
-            return self._slabs(x, bias, matrix)
+            if m >= MANY[x.dtype]:
+                return self._slabs(x, bias, matrix)
         if m:
-            self._linear(
-                x.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[x.dtype],
-                torch.get_num_threads(), *pointers,
-            )  # fmt: skip
+            self._linear(*arguments)
         return y
 
     def linear_int8(
@@ -119,7 +127,7 @@ class Native:
             arguments = (
                 x.data_ptr(), m, x_scale.data_ptr(), 0 if x_scale.numel() == 1 else 1,
                 None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[dtype],
-                torch.get_num_threads(), *pointers,
+                torch.get_num_threads(), pointers,
             )  # fmt: skip
             if function(*arguments) == 0:
                 if m >= MANY[torch.float32]:  # levels that are no integers
@@ -160,13 +168,13 @@ class Native:
             out.data_ptr(),
             FLOATS[dtype],
             torch.get_num_threads(),
-            *pointers_of(matrix),
+            pointers_of(matrix),
         )
         return out
 
     def _decode(self, first: int, last: int, out: Tensor, matrix: Matrix) -> None:
         self.library.whit_dequantize(
-            first, last, out.data_ptr(), FLOATS[out.dtype], torch.get_num_threads(), *pointers_of(matrix)
+            first, last, out.data_ptr(), FLOATS[out.dtype], torch.get_num_threads(), pointers_of(matrix)
         )
 
     def _slabs(self, x: Tensor, bias: Tensor | None, matrix: Matrix) -> Tensor:
@@ -181,7 +189,7 @@ class Native:
             last = min(first + step, rows)
             part = slab[: last - first]
             self.library.whit_dequantize(
-                first, last, part.data_ptr(), FLOATS[x.dtype], torch.get_num_threads(), *pointers
+                first, last, part.data_ptr(), FLOATS[x.dtype], torch.get_num_threads(), pointers
             )
             y[:, first:last] = F.linear(flat, part, None if bias is None else bias[first:last])
         return y.view(*x.shape[:-1], rows)
@@ -200,19 +208,15 @@ def shape_of(matrix: Matrix) -> tuple[int, int]:
 
 
 def pointers_of(matrix: Matrix) -> Pointers:
-    """A matrix as the library takes it, as long as its tensors stay where they are."""
+    """A matrix as the library takes it."""
     codes, scale, offset, table, columns, beside, rows, cols, bits, group, zero, unit = matrix
     step = 0 if scale is not None or table is None or len(table) == 1 else table.shape[1]  # one table of the matrix: 0
-    return (
-        codes.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        0 if scale is None else _SCALES[scale.dtype],
-        None if offset is None else offset.data_ptr(),
-        0 if offset is None else 1 if offset.dtype == torch.uint8 else 2,
-        None if table is None else table.data_ptr(), step,
-        None if columns is None else columns.data_ptr(), 0 if columns is None else columns.itemsize,
-        None if beside is None else beside.data_ptr(), 0 if beside is None else beside.shape[1],
-        rows, cols, bits, group, zero, unit,
+    optional = (scale, offset, table, columns, beside)
+    return Pointers(
+        codes.data_ptr(), *(None if each is None else each.data_ptr() for each in optional),
+        step, 0 if beside is None else beside.shape[1], rows, cols, group,
+        0 if scale is None else _SCALES[scale.dtype], 0 if offset is None else 1 if offset.dtype == torch.uint8 else 2,
+        0 if columns is None else columns.itemsize, bits, zero, unit,
     )  # fmt: skip
 
 

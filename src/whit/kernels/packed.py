@@ -7,7 +7,7 @@ packed. The bit patterns are described in docs/kernels.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class Packed:
     grid: Grid
     shape: tuple[int, int]
     buffers: dict[str, Tensor]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies do not take along where the buffers are (matmul.py)."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def form(self) -> Form:

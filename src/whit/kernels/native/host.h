@@ -11,18 +11,19 @@
 #define WHIT_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// What every function takes for a matrix. `table` is float32 [2^bits] or null in the tile form; in the row form, which
-// has no scale, float16 [rows][groups][2^bits], with `book_step` numbers from row to row. `columns` (of `column_bytes`) and
-// float16 `beside` are [rows][count], or null.
-#define WHIT_MATRIX                                                                                              \
-  const uint8_t *codes, const uint8_t *scale, int scale_type, const uint8_t *offset, int offset_kind,            \
-      const void *table, int64_t book_step, const void *columns, int column_bytes, const void *beside, int64_t count, \
-      int64_t rows, int64_t cols, int bits, int64_t group, int zero, float unit
-#define WHIT_MATRIX_ARGUMENTS \
-  codes, scale, scale_type, offset, offset_kind, table, book_step, columns, column_bytes, beside, count, rows, cols, bits, \
-      group, zero, unit
-
 namespace whit {
+
+// A matrix as the caller hands it over: where its tensors are, null for those that it lacks, and its numbers. `table` is
+// float32 [2^bits] or null in the tile form; in the row form, which has no scale, float16 [rows][groups][2^bits], with
+// `book_step` numbers from row to row. `columns` (of `column_bytes`) and float16 `beside` are [rows][count], or null.
+// library.py has the same fields in the same order.
+struct Given {
+  const uint8_t *codes, *scale, *offset;
+  const void *table, *columns, *beside;
+  int64_t book_step, count, rows, cols, group;
+  int32_t scale_type, offset_kind, column_bytes, bits, zero;
+  float unit;
+};
 
 const Kernels* kernels();  // those in use
 
@@ -83,24 +84,25 @@ inline void derive(Matrix& w) {
   if (!w.integer) w.factor = 1.0f;
 }
 
-inline Matrix matrix(WHIT_MATRIX) {
+inline Matrix matrix(const Given* given) {
+  const Given& g = *given;
   Matrix w = {};
-  w.codes = codes, w.scale = scale, w.offset = offset, w.scale_type = scale_type, w.offset_kind = offset_kind;
-  w.rows = rows, w.cols = cols, w.bits = bits, w.group = group, w.zero = zero, w.unit = unit;
-  const int64_t block = scale ? block_of(bits) : row_block_of(bits);
-  w.padded = (cols + block - 1) / block * block;
-  if (scale) {
-    w.levels = static_cast<const float*>(table);
-    w.groups = w.padded / group;
-    w.row_bytes = w.padded * LANES * bits / 8;
+  w.codes = g.codes, w.scale = g.scale, w.offset = g.offset, w.scale_type = g.scale_type, w.offset_kind = g.offset_kind;
+  w.rows = g.rows, w.cols = g.cols, w.bits = g.bits, w.group = g.group, w.zero = g.zero, w.unit = g.unit;
+  const int64_t block = g.scale ? block_of(g.bits) : row_block_of(g.bits);
+  w.padded = (g.cols + block - 1) / block * block;
+  if (g.scale) {
+    w.levels = static_cast<const float*>(g.table);
+    w.groups = w.padded / g.group;
+    w.row_bytes = w.padded * LANES * g.bits / 8;
     derive(w);
   } else {
-    w.books = static_cast<const uint16_t*>(table);
-    w.book_step = book_step;
-    w.columns = static_cast<const uint8_t*>(columns), w.beside = static_cast<const uint16_t*>(beside);
-    w.count = count, w.column_bytes = column_bytes;
-    w.groups = (cols + group - 1) / group;
-    w.row_bytes = w.padded * bits / 8;
+    w.books = static_cast<const uint16_t*>(g.table);
+    w.book_step = g.book_step;
+    w.columns = static_cast<const uint8_t*>(g.columns), w.beside = static_cast<const uint16_t*>(g.beside);
+    w.count = g.count, w.column_bytes = g.column_bytes;
+    w.groups = (g.cols + g.group - 1) / g.group;
+    w.row_bytes = w.padded * g.bits / 8;
   }
   return w;
 }

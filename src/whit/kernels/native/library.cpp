@@ -190,15 +190,15 @@ WHIT_EXPORT int whit_choose(const char* name) {
 }
 
 // y [m][rows] = x [m][cols] times the transposed matrix + bias [rows]; x, bias and y of `type`.
-WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y, int type, int threads, WHIT_MATRIX) {
-  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y, int type, int threads, const Given* given) {
+  const Matrix w = matrix(given);
   threads = threads_for(w, m, threads);
   const int64_t n_segments = w.groups * segments_of(w.group, FIXED);
   scratch.reserve(m * (w.padded * (4 + PARTS) + n_segments * 20) + 8 * ALIGN);
   float* padded = scratch.take<float>(m * w.padded);
   for (int64_t i = 0; i < m; i++) {
-    to_floats(x, i * cols, cols, type, padded + i * w.padded);
-    memset(padded + i * w.padded + cols, 0, size_t(w.padded - cols) * 4);
+    to_floats(x, i * w.cols, w.cols, type, padded + i * w.padded);
+    memset(padded + i * w.padded + w.cols, 0, size_t(w.padded - w.cols) * 4);
   }
   if (w.books) return run_rows(w, padded, m, nullptr, 0, bias, y, type, threads);
   const Kernels* k = kernels();
@@ -213,14 +213,14 @@ WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y
 
 // y [m][rows] = x_scale [m or 1] * x [m][cols] int8 times the transposed matrix + bias.
 WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_scale, int64_t scale_step, const void* bias,
-                                  void* y, int type, int threads, WHIT_MATRIX) {
-  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+                                  void* y, int type, int threads, const Given* given) {
+  const Matrix w = matrix(given);
   threads = threads_for(w, m, threads);
   if (w.books || !w.integer) {  // levels that are no integers: codes of activations are exact floats
     scratch.reserve(m * (w.padded + w.groups) * 4 + 4 * ALIGN);
     float* padded = scratch.take<float>(m * w.padded);
     for (int64_t i = 0; i < m; i++)
-      for (int64_t j = 0; j < w.padded; j++) padded[i * w.padded + j] = j < cols ? float(x[i * cols + j]) : 0.0f;
+      for (int64_t j = 0; j < w.padded; j++) padded[i * w.padded + j] = j < w.cols ? float(x[i * w.cols + j]) : 0.0f;
     if (w.books) return run_rows(w, padded, m, x_scale, scale_step, bias, y, type, threads);
     return run_tiles(kernels()->tile_float, nullptr, w, as_floats(w, padded, m), x_scale, scale_step, bias, y, type, threads);
   }
@@ -229,8 +229,8 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
   int8_t* padded = scratch.take<int8_t>(m * w.padded);
   int32_t* sums = scratch.take<int32_t>(m * n_sums);
   for (int64_t i = 0; i < m; i++) {
-    memcpy(padded + i * w.padded, x + i * cols, size_t(cols));
-    memset(padded + i * w.padded + cols, 0, size_t(w.padded - cols));
+    memcpy(padded + i * w.padded, x + i * w.cols, size_t(w.cols));
+    memset(padded + i * w.padded + w.cols, 0, size_t(w.padded - w.cols));
     for (int64_t s = 0; s < n_sums; s++) {
       const int64_t end = (s / per_group + 1) * w.group, from = s / per_group * w.group + s % per_group * SEGMENT;
       const int64_t to = from + SEGMENT < end ? from + SEGMENT : end;
@@ -271,8 +271,8 @@ WHIT_EXPORT void whit_quantize_rows(const void* x, int64_t m, int64_t cols, int8
 }
 
 // out [last - first][cols] of `type`: rows first .. last; in the tile form `first` is a multiple of 16.
-WHIT_EXPORT void whit_dequantize(int64_t first, int64_t last, void* out, int type, int threads, WHIT_MATRIX) {
-  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+WHIT_EXPORT void whit_dequantize(int64_t first, int64_t last, void* out, int type, int threads, const Given* given) {
+  const Matrix w = matrix(given);
   const Kernels* k = kernels();
   const int64_t step = w.books ? 1 : LANES, size = type == F32 ? 4 : 2;
 #pragma omp parallel for schedule(static) num_threads((last - first) * w.cols < SMALL ? 1 : threads)
@@ -288,8 +288,8 @@ WHIT_EXPORT void whit_dequantize(int64_t first, int64_t last, void* out, int typ
 }
 
 // out [n][cols] of `type`: the rows that index names; they are not checked.
-WHIT_EXPORT void whit_rows(const int64_t* index, int64_t n, void* out, int type, int threads, WHIT_MATRIX) {
-  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+WHIT_EXPORT void whit_rows(const int64_t* index, int64_t n, void* out, int type, int threads, const Given* given) {
+  const Matrix w = matrix(given);
   const int64_t step = w.books ? 1 : LANES, size = type == F32 ? 4 : 2;
 #pragma omp parallel for schedule(static) num_threads(n * w.cols < SMALL ? 1 : threads)
   for (int64_t i = 0; i < n; i++) {

@@ -140,15 +140,15 @@ using namespace whit;
 
 // As whit_linear, with tile units; returns 0 when there are none for this matrix and x.
 WHIT_EXPORT int whit_linear_many(const void* x, int64_t m, const void* bias, void* y, int type, int threads,
-                                 WHIT_MATRIX) {
-  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+                                 const Given* given) {
+  const Matrix w = matrix(given);
   const Wide* wide = kernels() == avx512() ? amx() : nullptr;
   if (!wide || w.books || (type != BF16 && !(w.integer && fits(w)))) return 0;
   const int64_t size = type == F32 ? 4 : 2, step = at_once(w, m, type == BF16 ? 2 : PARTS);
   for (int64_t first = 0; first < m; first += step) {
     const int64_t n = m - first < step ? m - first : step;
-    const char* from = static_cast<const char*>(x) + first * cols * size;
-    char* to = static_cast<char*>(y) + first * rows * size;
+    const char* from = static_cast<const char*>(x) + first * w.cols * size;
+    char* to = static_cast<char*>(y) + first * w.rows * size;
     if (type == BF16) wide_halves(wide, w, reinterpret_cast<const uint16_t*>(from), n, bias, to, threads);
     else if (!wide_fixed(wide, w, from, n, bias, to, type, threads)) return 0;
   }
@@ -157,13 +157,13 @@ WHIT_EXPORT int whit_linear_many(const void* x, int64_t m, const void* bias, voi
 
 // As whit_linear_int8, with tile units; returns 0 when there are none for this matrix.
 WHIT_EXPORT int whit_linear_int8_many(const int8_t* x, int64_t m, const float* x_scale, int64_t scale_step,
-                                      const void* bias, void* y, int type, int threads, WHIT_MATRIX) {
-  const Matrix w = matrix(WHIT_MATRIX_ARGUMENTS);
+                                      const void* bias, void* y, int type, int threads, const Given* given) {
+  const Matrix w = matrix(given);
   const Wide* wide = kernels() == avx512() ? amx() : nullptr;
   if (!wide || w.books || !w.integer || !fits(w)) return 0;
   const int64_t size = type == F32 ? 4 : 2, step = at_once(w, m, 1);
   for (int64_t first = 0; first < m; first += step)
-    wide_integers(wide, w, x + first * cols, m - first < step ? m - first : step, x_scale + first * scale_step,
-                  scale_step, bias, static_cast<char*>(y) + first * rows * size, type, threads);
+    wide_integers(wide, w, x + first * w.cols, m - first < step ? m - first : step, x_scale + first * scale_step,
+                  scale_step, bias, static_cast<char*>(y) + first * w.rows * size, type, threads);
   return 1;
 }
