@@ -8,8 +8,6 @@ more.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from whit.allocator import return_memory
 from whit.calibration.text import default_text, first_windows
 from whit.checkpoints.second import SecondGGUF
 from whit.devices import CPU
@@ -98,13 +97,13 @@ def look(
     device  where both models run
     Raises nothing of its own: a file that cannot be read is a fault.
     """
-    _give_back()
+    return_memory()  # of what rounding has freed, which would come on top of the models
     try:
         read = decoded(open_model(path)).model
         wrong = intended.differing(read)
     except WhitError as error:
         return Look(verdict(None, (), str(error)), None, "", 0, (str(error),))
-    _give_back()
+    return_memory()
     faults: tuple[str, ...] = ()
     if wrong:
         faults = (f"{len(wrong)} of {len(intended)} tensors are not what was to be written ({wrong[0]})",)
@@ -121,12 +120,6 @@ def look(
             reason = str(error)
     found = verdict(result, faults) if faults or result is not None else None
     return Look(found, result, reason, len(intended), faults)
-
-
-def _give_back() -> None:
-    """Let the system have what rounding has freed: the allocator keeps it, and it would come on top of the models."""
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
 
 
 def affordable(original: Model, length: int, ram: int | None = None) -> tuple[int, str]:
