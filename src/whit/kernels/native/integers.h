@@ -134,7 +134,7 @@ template <class V, int BITS, int M, int P, int T = 1>
 Rows integers_of(const Matrix& w) {
   if constexpr (BITS <= 4)
     if (w.levels) return tile_integers<V, BITS, M, P, true, T>;
-  if constexpr (M == 1 && (BITS <= 4 || BITS == 8)) {  // the usual ones
+  if constexpr ((M == 1 || (M == 4 && P == 1)) && (BITS <= 4 || BITS == 8)) {  // the usual ones
     if (w.group == 32) return tile_integers<V, BITS, M, P, false, T, 32>;
     if (w.group == 64) return tile_integers<V, BITS, M, P, false, T, 64>;
     if (w.group == 128) return tile_integers<V, BITS, M, P, false, T, 128>;

@@ -155,12 +155,20 @@ WHIT_EXPORT int whit_linear_many(const void* x, int64_t m, const void* bias, voi
   return 1;
 }
 
-// As whit_linear_int8, with tile units; returns 0 when there are none for this matrix.
+WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_scale, int64_t scale_step, const void* bias,
+                                  void* y, int type, int threads, const Given* given);  // of library.cpp
+
+// As whit_linear_int8, with tile units where there are some; returns 0 for levels that are no integers, and
+// where nothing but plain loops would multiply them.
 WHIT_EXPORT int whit_linear_int8_many(const int8_t* x, int64_t m, const float* x_scale, int64_t scale_step,
                                       const void* bias, void* y, int type, int threads, const Given* given) {
   const Matrix w = matrix(given);
   const Wide* wide = kernels() == avx512() ? amx() : nullptr;
-  if (!wide || w.books || !w.integer || !fits(w)) return 0;
+  if (w.books || !w.integer || kernels() == generic()) return 0;
+  if (!wide || !fits(w)) {  // the products of few rows, again and again, are still the fastest with sums of integers
+    whit_linear_int8(x, m, x_scale, scale_step, bias, y, type, threads, given);
+    return 1;
+  }
   const int64_t size = type == F32 ? 4 : 2, step = at_once(w, m, 1);
   for (int64_t first = 0; first < m; first += step)
     wide_integers(wide, w, x + first * w.cols, m - first < step ? m - first : step, x_scale + first * scale_step,
