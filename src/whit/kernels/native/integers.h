@@ -45,7 +45,7 @@ void tile_integers(const Matrix& w, const Activations& a, int64_t tile, int64_t 
   constexpr int64_t longest = P == 1 ? SEGMENT : FIXED;
   constexpr int parts_of_tile = LANES / V::ROWS, parts = T * parts_of_tile;
   constexpr bool flips = V::SIGNED && (BITS == 8 || TABLE);  // the product takes bytes from -128 to 127
-  constexpr int chains = P == 1 && M < 4 ? 2 : 1;            // independent sums, where there would be too few
+  constexpr int chains = P == 1 && (M < 4 || V::ROWS == LANES) ? 2 : 1;  // independent sums, where there would be too few
   const typename V::Bytes table = V::table(w.unsigned_levels);
   static_assert(GROUP <= longest && GROUP % block == 0);
   const int64_t group = GROUP ? GROUP : w.group, segments = GROUP ? 1 : (group + longest - 1) / longest;
