@@ -8,7 +8,7 @@ import torch
 from tiny import random_tokens, save_tiny
 from toy_tokenizers import TOY_VOCAB, save_toy_tokenizer
 from whit import products
-from whit.cli.quantize import coverage_lines
+from whit.cli.result import coverage_lines
 from whit.models.open import open_model
 from whit.models.skeleton import load_module
 from whit.pipeline.coverage import coverage

@@ -17,8 +17,8 @@ from rich.table import Table
 from whit.cli.budget import SWEPT, parse_size
 from whit.cli.calibration import CALIB_HELP, HELD_OUT, planned_text
 from whit.cli.keep import KEEP_HELP, TYPES_HELP, check_types, types_of
-from whit.cli.quantize import exception_lines
 from whit.cli.ranks import DEVICE_HELP
+from whit.cli.result import exception_lines
 from whit.cli.tune import RESAMPLED, WINDOWS
 from whit.errors import CheckFailedError, RecipeError
 from whit.memory import LLAMA_CPP, VLLM, RunMemory, run_bytes

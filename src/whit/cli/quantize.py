@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -14,11 +11,10 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from whit.calibration.text import WINDOW
-from whit.checkpoints.atomic import check_folder, check_target, moved, whole_file
+from whit.checkpoints.atomic import check_folder, check_target, moved
 from whit.checkpoints.imatrix import read_imatrix
 from whit.checkpoints.stacked import StackedTensors
 from whit.cli.budget import best_file, file_bytes, parse_size, read_damages, swept
@@ -29,24 +25,23 @@ from whit.cli.keep import (
     TYPES_HELP,
     check_rules,
     check_types,
-    kept_lines,
     raising,
     types_of,
 )
 from whit.cli.progress import progress_bar
 from whit.cli.ranks import DEVICE_HELP, RANKS_HELP, helped, is_helper, working
+from whit.cli.result import print_result, write_report
 from whit.devices import device_named
 from whit.errors import CheckFailedError, OutputError, RecipeError
 from whit.models.model import Model
 from whit.models.open import open_model
 from whit.pipeline.afterwards import Intended, look
 from whit.pipeline.allocate import Allocator
-from whit.pipeline.coverage import coverage, numbered
-from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration, TensorLoss
+from whit.pipeline.effort import DEFAULT_PRESET, PRESETS, Calibration
 from whit.pipeline.folder import plan_model, write_model
 from whit.pipeline.forecast import check_ram
 from whit.pipeline.inputs import SHARES
-from whit.pipeline.keep import check_kept, family, keeping
+from whit.pipeline.keep import check_kept, keeping
 from whit.pipeline.plan import FLOAT_GRIDS, Plan
 from whit.pipeline.quantize import Result
 from whit.pipeline.salient import Salient, parse_share
@@ -58,7 +53,6 @@ from whit.recipes.recipe import Recipe
 from whit.rounding.methods import FISHER, METHODS
 from whit.rounding.named import ROUNDINGS, check_rounding
 
-N_WORST, N_THIN = 3, 6  # tensors and experts named after a run
 CALIB_DEFAULTS = ", ".join(f"`{preset.text}` for {name}" for name, preset in PRESETS.items())
 RAM_HELP = (
     "The process may take so much memory, such as 4GB: what it cannot hold of the text's hidden states goes to disk."
@@ -242,7 +236,7 @@ def _finish(
 ) -> None:
     """The report, a warning for sources that were quantized already, and what to do next."""
     if report:
-        _write_report(report, result, calibration)
+        write_report(report, result, calibration)
     requantized = sorted({kind for kind in _source_types(opened) if kind.lower() not in FLOAT_GRIDS})
     if requantized and not isinstance(opened.tensors, StackedTensors):  # experts in MXFP4 are the original
         console.print(
@@ -332,78 +326,6 @@ def _recipe(name: str, rounding: str, pure: bool) -> Recipe:
     if pure:
         raise RecipeError(f"--pure changes named recipes; edit {name} instead.")
     return read_recipe(Path(name))
-
-
-def print_result(console: Console, result: Result, held: Mapping[str, str] | None = None) -> None:
-    """The file, its size, what every type holds, what was kept, and every exception with its reason."""
-    plan = result.plan
-    console.print(
-        f"{result.path}: {result.n_bytes / 1e6:.2f} MB, {result.bits_per_weight:.2f} bits per weight, "
-        f"recipe {plan.recipe.name}, {result.seconds:.2f} s",
-        soft_wrap=True,
-    )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (("type", "left"), ("tensors", "right"), ("weights", "right"), ("MB", "right")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    for kind in dict.fromkeys(step.type for step in plan.steps):
-        steps = [step for step in plan.steps if step.type == kind]
-        n_weights = sum(step.tensor.n_weights for step in steps)
-        n_bytes = sum(step.n_bytes for step in steps)
-        table.add_row(kind, str(len(steps)), f"{n_weights:,}", f"{n_bytes / 1e6:.2f}")
-    console.print(table)
-    for line in (*kept_lines(plan, held or {}), *exception_lines(plan), *loss_lines(result.losses)):
-        console.print(line, soft_wrap=True)
-
-
-def exception_lines(plan: Plan) -> list[str]:
-    """One line per reason and kind of tensor, such as `F32: 30 x blk.*.attn_norm.weight (a norm)`."""
-    groups = Counter((step.type, family(step.tensor.name), step.exception) for step in plan.exceptions)
-    return [f"  not by the recipe, {kind}: {n} x {family} ({reason})" for (kind, family, reason), n in groups.items()]
-
-
-def loss_lines(losses: tuple[TensorLoss, ...]) -> list[str]:
-    """What the calibrated rounding gained, its least successes, and every note."""
-    measured = [each for each in losses if each.n_tokens and each.plain > 0]
-    if not measured:
-        return []
-    total = sum(each.loss for each in measured) / sum(each.plain for each in measured)
-    worst = sorted(measured, key=lambda each: -each.loss / each.plain)[:N_WORST]
-    named = ", ".join(f"{each.name} {each.loss / each.plain:.2f}" for each in worst)
-    lines = coverage_lines(losses)
-    lines += [f"Squared output error of the layers: {total:.3f} of plain rounding's (least gained: {named})."]
-    notes = Counter((family(each.name), each.note) for each in losses if each.note)
-    lines += [f"  note: {n} x {family}: {note}" for (family, note), n in notes.items()]
-    dead = Counter(family(each.name) for each in losses if each.n_dead)
-    lines += [f"  note: {n} x {family} had inputs that the text never woke" for family, n in dead.items()]
-    return lines
-
-
-def coverage_lines(losses: tuple[TensorLoss, ...]) -> list[str]:
-    """What experts saw of the text, and a warning that names those that saw little."""
-    experts = coverage(losses)
-    thin = sorted((each for each in experts if each.thin), key=lambda each: each.n_tokens)
-    if not thin:
-        return []
-    named = ", ".join(f"blk.{each.block} expert {each.expert} ({each.n_tokens})" for each in thin[:N_THIN])
-    more = f" and {len(thin) - N_THIN} more" if len(thin) > N_THIN else ""
-    return [
-        f"Warning: {len(thin)} of {len(experts)} experts saw too few calibration tokens for statistics of their own; "
-        f"they lean on their layer's mean: {named}{more}. More or other text helps (--windows, --calib)."
-    ]
-
-
-def _write_report(path: Path, result: Result, calibration: Calibration | None) -> None:
-    content = {
-        "file": str(result.path),
-        "bytes": result.n_bytes,
-        "recipe": str(result.plan.recipe),
-        "calibration": calibration.source if calibration else None,
-        "seconds": result.seconds,
-        "tensors": [{**asdict(each), "expert": expert} for each, expert in numbered(result.losses)],
-    }
-    raw = json.dumps(content, indent=1).encode()
-    with whole_file(path, len(raw), overwrite=True) as file:
-        file.write(raw)
 
 
 def _source_types(model: Model) -> list[str]:
