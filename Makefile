@@ -28,10 +28,12 @@ web-assets: install
 	$(BIN)/python -m whit.web.vendor
 
 # Triton, in a folder of its own: the kernels for GPUs are tested under its interpreter; where there is none, they are skipped.
-triton: build/triton/triton
+triton: build/triton/.installed
 
-build/triton/triton: install
-	test -d $@ || $(PIP) install -c constraints.txt --no-deps --target build/triton triton
+build/triton/.installed: constraints.txt | install
+	rm -rf build/triton
+	$(PIP) install -c constraints.txt --no-deps --target build/triton triton
+	touch $@
 
 # The tests of pages need these files, npm and Chromium; they are skipped where something is missing.
 # One thread per worker: threads of two workers that wait for each other on two cores take five times as long.

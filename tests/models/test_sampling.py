@@ -67,6 +67,7 @@ def test_a_text_is_drawn_anew_in_part(tmp_path: Path) -> None:
     assert not torch.equal(ids, resampled_windows(model, text, 3, seed=1))
 
 
+@pytest.mark.real_model
 @pytest.mark.parametrize(("factor", "chosen"), [(1.0, "sdpa"), (1.3, "eager")])
 def test_the_faster_attention_is_taken_where_it_gives_the_same(
     factor: float, chosen: str, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,9 @@ Tested under Triton's interpreter (tests/kernels/test_gpu.py), compiled for comp
 
 from __future__ import annotations
 
+import subprocess
+import warnings
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +23,7 @@ from whit.kernels.form import LANES, ROW_BLOCKS, block_of
 MOST = 8  # rows of x
 TILE_ROWS, BLOCKS = 32, 8  # rows of the matrix a program takes, blocks of columns at a time
 TABLE_ROWS, STEPS = 8, 64  # the same for tables of levels, and columns of a field at a time
-PROGRAMS = 528  # at least so many where the matrix has as much: four for each processor of the largest devices
+PROGRAMS = 528  # at least about so many where the matrix has as much: four for each processor of the largest devices
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -150,13 +153,14 @@ def linear(
     """
     flat = x.reshape(-1, cols).contiguous()
     m = flat.shape[0]
-    if scale is None:
-        assert table is not None
-        y = _of_tables(flat, codes, table, rows, cols, bits, group)
-        if columns is not None and beside is not None:
-            y += (flat.float()[:, columns.long()] * beside.float()).sum(-1)
-    else:
-        y = _of_tiles(flat, codes, scale, offset, table, rows, cols, bits, group, zero, unit)
+    with torch.cuda.device_of(x):  # Triton runs where the current device is
+        if scale is None:
+            assert table is not None
+            y = _of_tables(flat, codes, table, rows, cols, bits, group)
+        else:
+            y = _of_tiles(flat, codes, scale, offset, table, rows, cols, bits, group, zero, unit)
+    if columns is not None and beside is not None:
+        y += (flat.float()[:, columns.long()] * beside.float()).sum(-1)
     if x_scale is not None:
         y = y * (x_scale.float() if x_scale.numel() == 1 else x_scale.float().reshape(m, 1))
     if bias is not None:
@@ -200,6 +204,16 @@ def _of_tables(x: Tensor, codes: Tensor, table: Tensor, rows: int, cols: int, bi
 
 def _shares(programs: int, blocks: int, at_once: int) -> tuple[int, int]:
     """Blocks of columns of one share, a multiple of what a program takes at once, and how many shares there are."""
-    wanted = max(1, min(PROGRAMS // max(1, programs), blocks // at_once))
+    wanted = max(1, min(-(-PROGRAMS // max(1, programs)), blocks // at_once))
     share = -(-blocks // wanted // at_once) * at_once
     return share, -(-blocks // share)
+
+
+def usable() -> bool:
+    """Whether Triton can run here: it compiles a small program of its own first, which needs a C compiler."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        warnings.warn(f"Triton does not run here, so matrices are decoded for every product: {error}", stacklevel=2)
+        return False
+    return True

@@ -81,11 +81,12 @@ def _triton(x: Tensor) -> ModuleType | None:
 @cache
 def _gpu() -> ModuleType | None:
     try:
-        return import_module("whit.kernels.gpu")
+        found = import_module("whit.kernels.gpu")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         return None
+    return found if found.usable() else None
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

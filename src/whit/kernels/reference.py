@@ -78,16 +78,15 @@ def linear_of_integers(
     middle = 1 << (bits - 1)  # codes less this fit into int8, whatever their zero point is
     flat = x.reshape(m, cols)
     levels = (unpack_tiles(codes, rows, cols, bits).short() - middle).to(torch.int8)
-    y = torch._int_mm(flat.contiguous(), levels.T).float()
-    sums = flat.sum(1, dtype=torch.int32).float()[:, None]
-    factor = (untile_params(scale, rows).float() * unit).T
-    above = float(zero - middle)
+    sums = flat.sum(1, dtype=torch.int32)[:, None]
+    above = torch.tensor(zero - middle, dtype=torch.int32, device=x.device)
     if offset is not None and offset.dtype == torch.uint8:
-        y = y - sums * (untile_params(offset, rows).float().T + above)
-    elif above:
-        y = y - sums * above
-    y = y * factor
+        above = above + untile_params(offset, rows).int().T
+    # integers to the end: a zero point far from the middle cancels most of both terms
+    y = (torch._int_mm(flat.contiguous(), levels.T) - sums * above).float() * (
+        untile_params(scale, rows).float() * unit
+    ).T
     if offset is not None and offset.dtype != torch.uint8:
-        y = y + sums * untile_params(offset, rows).float().T
+        y = y + sums.float() * untile_params(offset, rows).float().T
     y = y * (x_scale.float() if x_scale.numel() == 1 else x_scale.float().reshape(m, 1))
     return (y if bias is None else y + bias.float()).to(dtype).view(*x.shape[:-1], rows)

@@ -166,7 +166,10 @@ WHIT_EXPORT int whit_linear_int8_many(const int8_t* x, int64_t m, const float* x
   const Wide* wide = kernels() == avx512() ? amx() : nullptr;
   if (w.books || !w.integer || kernels() == generic()) return 0;
   if (!wide || !fits(w)) {  // the products of few rows, again and again, are still the fastest with sums of integers
-    whit_linear_int8(x, m, x_scale, scale_step, bias, y, type, threads, given);
+    const int64_t some = 256, size = type == F32 ? 4 : 2;  // so that copies of x stay small
+    for (int64_t first = 0; first < m; first += some)
+      whit_linear_int8(x + first * w.cols, m - first < some ? m - first : some, x_scale + first * scale_step, scale_step,
+                       bias, static_cast<char*>(y) + first * w.rows * size, type, threads, given);
     return 1;
   }
   const int64_t size = type == F32 ? 4 : 2, step = at_once(w, m, 1);
