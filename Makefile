@@ -57,8 +57,8 @@ docs: install
 	$(BIN)/python -m manual.recipes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Runs every command that the manual shows with its output, and writes the output into docs/; about ten minutes.
-docs-examples: install
+# Runs every command that the manual shows with its output, and writes the output into docs/; about half an hour.
+docs-examples: install web-assets
 	$(BIN)/python -m manual.examples
 
 clean:

@@ -8,7 +8,7 @@ Output that is copied by hand is soon that of another version. A page therefore 
     ```
 
 and everything below a `$ ` line is this script's. Pages run in one folder, `start` first, so that others can use the
-file that it writes. All of it takes some minutes; without arguments the folder is emptied before. Commands fail where
+file that it writes. All of it takes about half an hour; without arguments the folder is emptied before. Commands fail where
 their block says so, "```console fails", and nowhere else: a page is written when all of its commands have done as they
 should.
 """

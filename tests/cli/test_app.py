@@ -1,5 +1,6 @@
 """The command as a whole."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tiny import save_tiny
-from whit.cli.app import VERBS, run
+from whit.cli.app import SPINS, VERBS, run
 
 
 def test_the_overview_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,6 +31,22 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_negative_numbers_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["explain", "-3.5"]) == 0
     assert "-3.5" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is the OpenMP of torch on Linux alone")
+@pytest.mark.parametrize(("asked", "found"), [({}, SPINS), ({"GOMP_SPINCOUNT": "77"}, "77")])
+def test_threads_that_wait_soon_sleep_unless_told_otherwise(asked: dict[str, str], found: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    program = "import sys; from whit.cli.app import main; main(sys.argv[1:])"
+    own = {name: value for name, value in os.environ.items() if name not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "inspect", str(tmp_path)],
+        env={**own, **asked, "OMP_DISPLAY_ENV": "verbose"},  # libgomp says what it has read
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{found}'" in done.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path: Path) -> None:

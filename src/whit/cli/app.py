@@ -21,6 +21,10 @@ from whit.errors import WhitError
 
 INTERRUPTED = 130
 
+# How often a thread of torch's or llama.cpp's pool looks for work before it sleeps; libgomp's own number is sixty times
+# as much. Beside other programs that longer wait takes their time and ours, at rest it gains nothing (docs/log.md).
+SPINS = "5000"
+
 # verb -> (module, one line for the overview)
 VERBS = {
     "demo": ("whit.cli.demo", "Quantize a real model, measure what was lost, and run it."),
@@ -95,6 +99,8 @@ def main_options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command."""
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        os.environ["GOMP_SPINCOUNT"] = SPINS  # read when torch is loaded, which no verb has done yet
     for name in ("SIGTERM", "SIGHUP"):  # a closed terminal cleans up as Ctrl-C does
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
