@@ -9,8 +9,8 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from whit import products
 from whit.native import LIBRARY
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -18,6 +18,7 @@ _SCALES = {**FLOATS, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4}
 
 # Rows of x from which decoding a slab of weights and multiplying it in torch is faster (docs/kernels.md).
 MANY = {torch.float32: 96, torch.bfloat16: 32, torch.float16: 64}
+MANY_FLOAT32_ONEDNN = 24  # where products.linear takes oneDNN
 # The same where the processor has tile units, which unpack a tile of weights once for all of x.
 MANY_TILED = 12
 # Decoded weights that stay in the cache between writing and reading.
@@ -96,7 +97,7 @@ class Native:
         if m >= MANY_TILED:
             if self.library.whit_linear_many(*arguments):
                 return y
-            if m >= MANY[x.dtype]:
+            if m >= _many(x.dtype):
                 return self._slabs(x, bias, matrix)
         if m:
             self._linear(*arguments)
@@ -130,7 +131,7 @@ class Native:
                 torch.get_num_threads(), pointers,
             )  # fmt: skip
             if function(*arguments) == 0:
-                if m >= MANY[torch.float32]:  # levels that are no integers
+                if m >= _many(torch.float32):  # levels that are no integers
                     wide = self._slabs(x.float(), None, matrix) * x_scale
                     return (wide if bias is None else wide + bias.float()).to(dtype)
                 self._linear_int8(*arguments)
@@ -177,6 +178,7 @@ class Native:
             first, last, out.data_ptr(), FLOATS[out.dtype], torch.get_num_threads(), pointers_of(matrix)
         )
 
+    @torch.no_grad()  # the operators have gradients of their own
     def _slabs(self, x: Tensor, bias: Tensor | None, matrix: Matrix) -> Tensor:
         """Weights decoded to x's dtype, some rows at a time, and multiplied by torch."""
         rows, cols = shape_of(matrix)
@@ -191,8 +193,13 @@ class Native:
             self.library.whit_dequantize(
                 first, last, part.data_ptr(), FLOATS[x.dtype], torch.get_num_threads(), pointers
             )
-            y[:, first:last] = F.linear(flat, part, None if bias is None else bias[first:last])
+            y[:, first:last] = products.linear(flat, part, None if bias is None else bias[first:last])
         return y.view(*x.shape[:-1], rows)
+
+
+def _many(dtype: torch.dtype) -> int:
+    """Rows of x of `dtype` from which `_slabs` is faster."""
+    return MANY_FLOAT32_ONEDNN if dtype == torch.float32 and products.mkl_is_slow() else MANY[dtype]
 
 
 def _check(x: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:

@@ -31,6 +31,7 @@ from whit.checkpoints.source import TensorSource
 from whit.errors import BadWeightsError, BrokenFileError, ModelError, UnknownArchitectureError
 from whit.models.activations import input_schemes, quantize_inputs
 from whit.models.model import Model
+from whit.products import fast_linear
 
 # Keys of a config.json that choose code or precision. Whit chooses both: plain attention and plain experts are the
 # exact ones, and a name of a downloadable kernel in a configuration must not be followed.
@@ -148,12 +149,12 @@ def split(module: nn.Module) -> Halves:
     module.set_submodule(path, PassThrough(output))
 
     def body(ids: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_linear():
             found: Tensor = decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
             return found.cpu()
 
     def head(hidden: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_linear():
             logits: Tensor = module(inputs_embeds=hidden[None].to(device), use_cache=False).logits[0]
             return logits.cpu()
 
