@@ -130,6 +130,17 @@ def test_a_corrupt_header_never_gives_anything_but_a_clear_error(
         assert str(path) in str(error)
 
 
+@pytest.mark.parametrize("name", ["a" * 65536, "general\x1b[31m.name"])
+def test_what_is_no_name_is_not_shown(name: str, tmp_path: Path) -> None:
+    content = name.encode()
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(content)) + content + bytes(99))
+    with pytest.raises(BrokenFileError, match="a metadata key") as caught:
+        GGUFFile(tmp_path / "a.gguf")
+    message = str(caught.value).replace(str(tmp_path), "")
+    assert len(message) < 200
+    assert message.isprintable()
+
+
 def test_absurd_counts_are_not_allocated(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 1))
     with pytest.raises(BrokenFileError, match="number of tensors"):

@@ -90,6 +90,15 @@ def test_windows_limit_what_is_read_and_both_counts_are_told(folder: Path) -> No
     assert figures["tokens"] == 255
 
 
+def test_windows_are_no_longer_than_what_the_models_read(folder: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "short", vocab_size=TOY_VOCAB, max_position_embeddings=64)
+    save_toy_tokenizer("llama", tmp_path / "short")
+    arguments = (tmp_path / "short", "--against", tmp_path / "short", "--text", folder / "text.txt", "--windows", 2)
+    figures = json.loads(printed(*arguments, "--json"))
+    assert (figures["window_tokens"], figures["tokens"], figures["kl_mean"]) == (64, 2 * 31, 0)
+    assert "64 tokens, no overlap, no BOS added; positions 32..62" in printed(*arguments)
+
+
 def test_the_table_names_everything_needed_to_repeat_the_measurement(folder: Path) -> None:
     output = printed(folder / "q4_0.gguf", "--against", folder / "llama", "--text", folder / "text.txt", "--windows", 1)
     for part in ("perplexity", "KL divergence, nats: mean", "99.9 %", "same top token", "bits per weight", "text.txt"):

@@ -29,6 +29,7 @@ MAGIC = b"GGUF"
 COPIED = 1 << 24  # bytes at a time
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
+MOST_OF_KEY, MOST_OF_NAME = 65535, 64  # bytes; GGUF specification
 
 # Value types by number; ARRAY carries an element type and a count.
 _SCALARS: dict[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -144,6 +145,16 @@ class _Cursor:
         # token texts of byte-level vocabularies are not always valid UTF-8 in files of other tools
         return self.take(self.count(1, f"length of {what}"), what).decode("utf-8", "surrogateescape")
 
+    def name(self, what: str, most: int) -> str:
+        """A name that can be printed, of at most `most` bytes: whatever a corrupt length takes for one is not shown."""
+        n = self.count(1, f"length of {what}")
+        if n > most:
+            raise BrokenFileError(f"{self.file.path}: {what} of {n:,} bytes. The file is corrupt.")
+        text = self.take(n, what).decode("utf-8", "surrogateescape")
+        if not text.isprintable():
+            raise BrokenFileError(f"{self.file.path}: {what} is {ascii(text)[:80]}. The file is corrupt.")
+        return text
+
     def value(self, what: str) -> tuple[Any, GGUFType]:
         kind = self.scalar("I", what)
         if kind == STRING:
@@ -175,7 +186,7 @@ def _read_header(file: BoundedFile) -> tuple[dict[str, Any], dict[str, GGUFType]
     metadata: dict[str, Any] = {}
     types: dict[str, GGUFType] = {}
     for _ in range(n_values):
-        key = cursor.string("a metadata key")
+        key = cursor.name("a metadata key", MOST_OF_KEY)
         metadata[key], types[key] = cursor.value(f"metadata {key}")
     if metadata.get("split.count", 1) > 1:
         raise ModelError(
@@ -203,7 +214,7 @@ def _read_header(file: BoundedFile) -> tuple[dict[str, Any], dict[str, GGUFType]
 
 
 def _description(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name = cursor.string("a tensor name")
+    name = cursor.name("a tensor name", MOST_OF_NAME)
     n_dims = cursor.scalar("I", f"dimensions of {name}")
     if not 1 <= n_dims <= MAX_DIMENSIONS:
         raise BrokenFileError(f"{cursor.file.path}: tensor {name} has {n_dims} dimensions. The file is corrupt.")

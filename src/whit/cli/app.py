@@ -7,6 +7,7 @@ the user can solve, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -101,6 +102,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command."""
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         os.environ["GOMP_SPINCOUNT"] = SPINS  # read when torch is loaded, which no verb has done yet
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is written by its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for name in ("SIGTERM", "SIGHUP"):  # a closed terminal cleans up as Ctrl-C does
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
@@ -115,6 +119,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line; returns the exit status."""
     try:
         status = typer.main.get_command(app).main(arguments or ["--help"], prog_name="whit", standalone_mode=False)
+        sys.stdout.flush()  # what cannot be written is an error of this command, not of the interpreter's end
     except WhitError as error:
         print(f"whit: {error}", file=sys.stderr)
         return error.exit_status
@@ -129,6 +134,11 @@ def run(arguments: list[str]) -> int:
             raise
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that flushing at exit is quiet
         return 0  # the reader, `head` for example, has seen enough; rich makes an exit of that
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  there may be more in it that cannot be written
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"whit: {place}cannot be read or written ({error.strerror or error}).", file=sys.stderr)
+        return 2
     if status == INTERRUPTED:  # typer turns Ctrl-C into this status by itself
         print("whit: interrupted; nothing half-written was left behind.", file=sys.stderr)
     return status if isinstance(status, int) else 0

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from whit.calibration.text import WINDOW, Text, default_text, read_text, windows
+from whit.cli.calibration import longest
 from whit.cli.progress import progress_bar
 from whit.cli.ranks import DEVICE_HELP
 from whit.devices import CPU, device_named
@@ -33,6 +34,7 @@ class Measurement:
     """A comparison and everything that a reader needs to repeat it.
 
     text                         what was read
+    length                       tokens of a window: 512, or what the shorter model reads
     n_windows, n_available       windows used, windows that the text has
     seconds                      wall time
     """
@@ -40,6 +42,7 @@ class Measurement:
     candidate: Model
     reference: Model
     text: Text
+    length: int
     n_windows: int
     n_available: int
     result: Comparison
@@ -77,11 +80,12 @@ def measure_files(
     opened, reference = open_model(candidate), open_model(against)
     text = default_text() if text_path is None else read_text(text_path)
     ids = load_tokenizer(reference).encode(text.content)
-    used = windows(ids, limit=n_windows)
+    length = min(WINDOW, longest(opened), longest(reference))
+    used = windows(ids, length, n_windows)
     with progress_bar("measuring") as progress:
         result = compare(opened, reference, used, progress, device)
     seconds = time.perf_counter() - started
-    return Measurement(opened, reference, text, len(used), len(ids) // WINDOW, result, seconds)
+    return Measurement(opened, reference, text, length, len(used), len(ids) // length, result, seconds)
 
 
 def flat(measurement: Measurement) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def flat(measurement: Measurement) -> dict[str, Any]:
         "text_description": measurement.text.description,
         "windows": measurement.n_windows,
         "windows_available": measurement.n_available,
-        "window_tokens": WINDOW,
+        "window_tokens": measurement.length,
         "dtype": "float32",
         "seconds": measurement.seconds,
     }
@@ -131,10 +135,10 @@ def _print(console: Console, measurement: Measurement) -> None:
         table.add_row(f"{title:>25}", f"{value:.3g}", "0")
     console.print(f"[bold]{escape(candidate.label)}[/bold] against {escape(reference.label)}\n", soft_wrap=True)
     console.print(table)
-    first = range(WINDOW)[scored(WINDOW)]
+    first = range(measurement.length)[scored(measurement.length)]
     console.print(
         f"\nText: {escape(measurement.text.description)}. {measurement.n_windows} of {measurement.n_available} windows "
-        f"of {WINDOW} tokens, no overlap, no BOS added; positions {first[0]}..{first[-1]} of each scored, "
+        f"of {measurement.length} tokens, no overlap, no BOS added; positions {first[0]}..{first[-1]} of each scored, "
         f"{result.tokens} tokens in all; float32; ± is one standard error; {measurement.seconds:.0f} s.",
         soft_wrap=True,
     )

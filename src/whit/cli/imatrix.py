@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from whit.checkpoints.atomic import check_target
 from whit.checkpoints.imatrix import write_imatrix
 from whit.cli.calibration import CALIB_HELP, MIXED, calibration_windows
 from whit.cli.progress import progress_bar
@@ -29,6 +30,7 @@ def command(
     """Write how large the inputs of every matrix are: an importance matrix, as llama.cpp's tools read it."""
     console = Console(highlight=False, markup=False)
     place, opened = device_named(device), open_model(model)
+    check_target(out, 0, force)  # before any work
     ids, source = calibration_windows(opened, windows, calib, device=place)
     console.print(f"Calibrating on {source}.", soft_wrap=True)
     with progress_bar("importance matrix") as progress:

@@ -85,12 +85,14 @@ def one_line(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
-def code(text: str) -> Raw:
-    """Text in a code span, also within a table."""
+def code(text: str, table: bool = False) -> Raw:
+    """Text in a code span; within a table a bar would end the cell, elsewhere its backslash would be seen."""
     text = one_line(text)
+    if table:
+        text = text.replace("|", r"\|")
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
-    return Raw(f"{ticks}{space}{text.replace('|', chr(92) + '|')}{space}{ticks}" if text else "")
+    return Raw(f"{ticks}{space}{text}{space}{ticks}" if text else "")
 
 
 def _escaped(value: Any) -> Any:
