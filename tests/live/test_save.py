@@ -10,7 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from tiny import random_tokens, save_tiny, tiny_model
 from whit.errors import BrokenFileError, ModelError, OutputError
@@ -239,6 +250,67 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="other things"):
         save(frozen(), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "letter.txt").read_text() == "dear"
+
+
+_BERT = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+_BART = {
+    "vocab_size": 256,
+    "d_model": 64,
+    **{f"{half}_{key}": n for half in ("encoder", "decoder") for key, n in (("layers", 1), ("ffn_dim", 96))},
+    **{f"{half}_attention_heads": 4 for half in ("encoder", "decoder")},
+}
+OTHER_CLASSES: dict[str, Callable[[], PreTrainedModel]] = {
+    "body": lambda: AutoModel.from_config(tiny_model("llama").config),
+    "sequences": lambda: AutoModelForSequenceClassification.from_config(tiny_model("llama", num_labels=3).config),
+    "tokens": lambda: AutoModelForTokenClassification.from_config(tiny_model("qwen2").config),
+    "answers": lambda: AutoModelForQuestionAnswering.from_config(tiny_model("llama").config),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**_BERT, num_labels=3)),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**_BART)),
+}
+
+
+@pytest.mark.parametrize("make", OTHER_CLASSES.values(), ids=OTHER_CLASSES)
+def test_models_that_are_not_causal_come_back_as_what_they_were(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = make().eval()
+    model.set_attn_implementation("eager")
+    quantize(model, "qint8")
+    freeze(model)
+    save(model, tmp_path / "out")
+    other = loaded(tmp_path / "out")
+    assert type(other) is type(model)
+    with torch.no_grad():
+        assert torch.equal(other(TOKENS)[0], model(TOKENS)[0])
+
+
+def test_a_class_of_ones_own_must_be_given(tmp_path: Path) -> None:
+    class Mine(LlamaForCausalLM):
+        pass
+
+    model = Mine(tiny_model("llama").config).eval()
+    quantize(model, "qint8")
+    freeze(model)
+    save(model, tmp_path / "out")
+    with pytest.raises(ModelError, match="'Mine'.*model="):
+        load(tmp_path / "out")
+    assert type(load(tmp_path / "out", Mine(model.config))) is Mine
+
+
+@pytest.mark.parametrize("name", ["PreTrainedModel", "BertModel", "Trainer", "__name__", 3])
+def test_only_classes_of_the_configuration_are_taken(name: object, whole: Path, tmp_path: Path) -> None:
+    for file in whole.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = {**json.loads((whole / "config.json").read_text()), "architectures": [name]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=str(name)):
+        load(tmp_path)
 
 
 def change_map(change: Callable[[dict], object]) -> Callable[[Path], None]:

@@ -24,19 +24,20 @@ from whit.models.architecture import head_name
 from whit.models.links import Links
 from whit.models.model import Model
 from whit.models.open import open_model
-from whit.models.skeleton import config_and_class, quiet
+from whit.models.skeleton import config_and_class, config_and_named_class, quiet
 from whit.models.stream import make_buffers
 from whit.pipeline.folder import rows_of
 from whit.pipeline.quantize import model_view
 from whit.pipeline.stored import Stored, joined, stored_of
 
 
-def empty_model(model: Model) -> nn.Module:
+def empty_model(model: Model, named: bool = False) -> nn.Module:
     """transformers' module for a model, in evaluation mode, its parameters without memory and its buffers made.
 
+    named  whether it is of the class that the configuration names: else it is the causal one
     Raises UnknownArchitectureError and ModelError as `load_module` does.
     """
-    config, cls = config_and_class(model)
+    config, cls = config_and_named_class(model) if named else config_and_class(model)
     with quiet(), torch.device("meta"):
         module = cls._from_config(config)
         module.tie_weights()

@@ -86,7 +86,7 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
     if content.get("version") != VERSION:
         raise ModelError(f"{folder}: {MAP} has version {content.get('version')!r}; this Whit reads version {VERSION}.")
     if model is None:
-        model = empty_model(Model(str(path), read_config(folder), source, 0))
+        model = empty_model(Model(str(path), read_config(folder), source, 0), named=True)
     try:
         shape_as(model, content["modules"])
         state = {name: source.read(name) for name in source.names()}

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -181,6 +182,37 @@ def config_and_class(model: Model) -> tuple[PreTrainedConfig, type[PreTrainedMod
 
     Raises UnknownArchitectureError when there is none, ModelError for a configuration that transformers rejects.
     """
+    config = _config(model)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnknownArchitectureError(
+            f"{model.label}: {config.model_type!r} is not a causal language model; only those can be measured."
+        )
+    return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def config_and_named_class(model: Model) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """transformers' configuration, and its class of the name in config.json; the causal one where there is none.
+
+    Raises UnknownArchitectureError when transformers itself has no such class for this configuration (code that lies
+    beside the weights is never run), ModelError for a configuration that transformers rejects.
+    """
+    names = model.config.get("architectures")
+    if not names:
+        return config_and_class(model)
+    config, name = _config(model), names[0] if isinstance(names, list) else names
+    try:
+        cls = getattr(transformers, str(name), None)
+    except (ImportError, RuntimeError):  # a class that needs a package which is not there
+        cls = None
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and getattr(cls, "config_class", None) is type(config)):
+        raise UnknownArchitectureError(
+            f"{model.label}: config.json names the class {name!r}, which transformers does not have for "
+            f"{config.model_type!r}. Give a model of that class to fill: model=."
+        )
+    return config, cls
+
+
+def _config(model: Model) -> PreTrainedConfig:
     settings = dict(model.config)
     model_type = settings.get("model_type")
     settings = {key: value for key, value in settings.items() if key not in CHOSEN_HERE and not key.startswith("_")}
@@ -190,14 +222,9 @@ def config_and_class(model: Model) -> tuple[PreTrainedConfig, type[PreTrainedMod
             "A newer transformers may: pip install -U transformers."
         )
     try:
-        config = AutoConfig.for_model(model_type, **settings)
+        return AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # each configuration class has its own ways to refuse a value
         raise ModelError(f"{model.label}: transformers rejects the configuration: {error}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnknownArchitectureError(
-            f"{model.label}: {model_type!r} is not a causal language model; only those can be measured."
-        )
-    return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def check_finite(W: Tensor, name: str, label: str) -> None:
