@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tiny import random_tokens, tiny_model
+from whit.errors import ModelError
 from whit.live.inputs import Inputs
 from whit.live.quantize import twins_of
 from whit.quanto import (
@@ -76,6 +78,27 @@ def test_requantize_needs_a_state_dict_and_a_map() -> None:
     other = tiny_model("mixtral", seed=5)
     requantize(other, model.state_dict(), quantization_map(model))
     assert torch.equal(logits(other), logits(model))
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+def test_requantize_fills_a_model_without_memory(name: str, device: torch.device | None) -> None:
+    model = tiny_model(name)
+    quantize(model, weights=qint8)
+    freeze(model)
+    with torch.device("meta"):
+        other = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    requantize(other.eval(), model.state_dict(), quantization_map(model), device)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_requantize_names_a_buffer_that_nobody_can_make() -> None:
+    model, other = nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Linear(64, 64))
+    quantize(model, qint8)
+    freeze(model)
+    other.register_buffer("shift", torch.zeros(64, device="meta"), persistent=False)
+    with pytest.raises(ModelError, match="shift"):
+        requantize(other, model.state_dict(), quantization_map(model))
 
 
 def test_the_model_class_saves_and_loads(tmp_path: Path) -> None:

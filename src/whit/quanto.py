@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from whit.calibration.ranges import Histogram, minmax
 from whit.grids.grid import Grid
+from whit.live.checkpoint import check_buffers, fill_buffers
 from whit.live.inputs import Inputs
 from whit.live.quantize import freeze, twins_of
 from whit.live.quantize import quantize as _quantize
@@ -114,11 +115,16 @@ def requantize(
 
     state_dict        of a frozen model
     quantization_map  of that model
+    device            of everything afterwards, None for where the state_dict is
     Raises ModelError or RuntimeError when they do not fit.
     """
+    fill_buffers(model)
     shape_as(model, quantization_map)
     moved = {name: value if device is None else value.to(device) for name, value in state_dict.items()}
     model.load_state_dict(moved, strict=True, assign=True)
+    check_buffers(model)
+    if device is not None:  # buffers that no state_dict has
+        model.to(device)
 
 
 class QuantizedModelForCausalLM:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -170,6 +171,31 @@ def test_modules_of_ones_own_come_back_in_their_own_shape(meta: bool, tmp_path: 
     with torch.no_grad():
         assert torch.equal(other(index), model(index))
     assert other.head.frozen is other.words.frozen
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_a_model_without_memory_gets_the_buffers_that_no_file_has(name: str, tmp_path: Path) -> None:
+    model = frozen(name)
+    save(model, tmp_path / "out")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    assert torch.equal(logits(load(tmp_path / "out", empty)), logits(model))
+
+
+def test_a_buffer_that_nobody_can_make_is_named(tmp_path: Path) -> None:
+    def layer() -> nn.Module:
+        made = nn.Sequential(nn.Linear(64, 64))
+        made.register_buffer("shift", torch.zeros(64), persistent=False)
+        return made
+
+    model = layer()
+    quantize(model, "qint8")
+    freeze(model)
+    save(model, tmp_path / "out")
+    with torch.device("meta"):
+        empty = layer()
+    with pytest.raises(ModelError, match="shift"):
+        load(tmp_path / "out", empty)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

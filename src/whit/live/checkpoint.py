@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from whit.checkpoints.quantized import WEIGHT, QuantizedTensors
 from whit.errors import ModelError
@@ -41,8 +42,29 @@ def empty_model(model: Model, named: bool = False) -> nn.Module:
     with quiet(), torch.device("meta"):
         module = cls._from_config(config)
         module.tie_weights()
-    make_buffers(module, module)
+    fill_buffers(module)
     return module.eval().requires_grad_(False)
+
+
+def fill_buffers(model: nn.Module) -> None:
+    """Make the buffers of transformers' models in `model` that are on the meta device, such as rotary frequencies.
+
+    No file has them, and they must be there before layers are replaced and weights are read: transformers makes them
+    together with new weights.
+    """
+    parts = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    for part in reversed(parts):  # models inside of others know their own buffers
+        make_buffers(part, part)
+
+
+def check_buffers(model: nn.Module) -> None:
+    """Raise ModelError when a buffer is still on the meta device: nothing could be computed with it."""
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if empty:
+        raise ModelError(
+            f"{type(model).__name__}: {len(empty)} buffers are on the meta device and in no file ({empty[0]} is one). "
+            "Make the model on the device where it shall run."
+        )
 
 
 def live_checkpoint(path: str | Path, dtype: torch.dtype) -> nn.Module:

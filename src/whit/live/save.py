@@ -25,7 +25,7 @@ from whit.grids.grid import Grid, Spec
 from whit.grids.named import grid_name, grid_named
 from whit.kernels.form import buffer_specs
 from whit.kernels.packed import Packed
-from whit.live.checkpoint import empty_model, live_checkpoint
+from whit.live.checkpoint import check_buffers, empty_model, fill_buffers, live_checkpoint
 from whit.live.experts import QExperts
 from whit.live.inputs import Inputs
 from whit.live.modules import QConv1D, QLinear, quantize_outputs
@@ -87,6 +87,7 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
         raise ModelError(f"{folder}: {MAP} has version {content.get('version')!r}; this Whit reads version {VERSION}.")
     if model is None:
         model = empty_model(Model(str(path), read_config(folder), source, 0), named=True)
+    fill_buffers(model)
     try:
         shape_as(model, content["modules"])
         state = {name: source.read(name) for name in source.names()}
@@ -102,6 +103,7 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
     if missing or unexpected:
         named = ", ".join([*missing, *unexpected][:3])
         raise BrokenFileError(f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unknown ({named}).")
+    check_buffers(model)
     _tie(model, content["tied"])
     settle(model)
     return model.eval()

@@ -204,7 +204,11 @@ def config_and_named_class(model: Model) -> tuple[PreTrainedConfig, type[PreTrai
         cls = getattr(transformers, str(name), None)
     except (ImportError, RuntimeError):  # a class that needs a package which is not there
         cls = None
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and getattr(cls, "config_class", None) is type(config)):
+    if not (
+        isinstance(cls, type)
+        and issubclass(cls, PreTrainedModel)
+        and getattr(cls, "config_class", None) is type(config)
+    ):
         raise UnknownArchitectureError(
             f"{model.label}: config.json names the class {name!r}, which transformers does not have for "
             f"{config.model_type!r}. Give a model of that class to fill: model=."
