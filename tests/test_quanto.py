@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tiny import random_tokens, tiny_model
 from whit.errors import ModelError
+from whit.live.calibrate import calibrate
 from whit.live.inputs import Inputs
 from whit.live.quantize import twins_of
 from whit.quanto import (
@@ -37,11 +38,31 @@ def test_the_usual_lines_quantize_calibrate_and_freeze() -> None:
     with Calibration(momentum=0.9):
         logits(model)
     freeze(model)
-    inputs = [each for each in model.modules() if isinstance(each, Inputs)]
-    assert inputs
-    assert all(each.static and each.enabled and each.observer is None for each in inputs)
+    inputs = {name: each for name, each in model.named_modules() if isinstance(each, Inputs)}
+    assert all(each.enabled and each.observer is None for each in inputs.values())
+    assert [name for name, each in inputs.items() if not each.static] == ["model.norm.outputs"]  # the head is in float
     assert type(model.lm_head) is nn.Linear
     assert (logits(model) - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+def test_a_calibration_finds_the_scales_that_calibrate_finds(name: str, frozen: bool) -> None:
+    first, second = tiny_model(name), tiny_model(name)
+    for model in (first, second):
+        quantize(model, qint8, qint8)
+        if frozen:
+            freeze(model)
+    with torch.no_grad(), Calibration():
+        first.model.embed_tokens(IDS)  # a part of it before the whole
+        first(IDS)
+    with torch.no_grad(), calibrate(second):
+        second(IDS)
+    found, wanted = ([each for each in model.modules() if isinstance(each, Inputs)] for model in (first, second))
+    assert [each.static for each in found] == [each.static for each in wanted]
+    assert [each.most for each in found] == [each.most for each in wanted]
+    assert all(each.enabled and each.observer is None for each in found)
+    assert sum(each.static for each in found) > len(found) / 2
 
 
 def test_a_calibration_touches_only_what_runs_in_it() -> None:

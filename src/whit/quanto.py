@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from whit.calibration.ranges import Histogram, minmax
+from whit.calibration.ranges import minmax
 from whit.grids.grid import Grid
+from whit.live.calibrate import drop_unread, observe
 from whit.live.checkpoint import check_buffers, fill_buffers
 from whit.live.inputs import Inputs
 from whit.live.quantize import freeze, twins_of
@@ -79,7 +80,7 @@ class Calibration:
 
     def __init__(self, momentum: float = 0.9, streamline: bool = True, debug: bool = False) -> None:
         """The arguments are taken and change nothing: nothing is averaged, and only inputs of layers are quantized."""
-        self._seen: list[Inputs] = []
+        self._seen: dict[nn.Module, None] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -89,15 +90,22 @@ class Calibration:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._stack.close()
-        for each in self._seen:
-            observer, each.observer, each.enabled = each.observer, None, True
-            if observer is not None and kind is None:
-                each.fix(minmax(observer))
+        inputs = {str(k): each for k, each in enumerate(self._seen) if isinstance(each, Inputs)}
+        histograms = {name: each.observer for name, each in inputs.items() if each.observer is not None}
+        observe(inputs.values(), False)
+        if kind is None:
+            drop_unread(inputs, histograms)
+            for name, each in inputs.items():
+                each.fix(minmax(histograms[name]))
+        self._seen.clear()
 
     def _notice(self, module: nn.Module, args: Any) -> None:
-        if isinstance(module, Inputs) and module.observer is None:
-            module.observer, module.enabled = Histogram(), False
-            self._seen.append(module)
+        if module in self._seen:
+            return
+        # A model is called before its parts. Frozen layers never call their Inputs: they take codes from them.
+        new = [each for each in module.modules() if each not in self._seen]
+        self._seen |= dict.fromkeys(new)
+        observe((each for each in new if isinstance(each, Inputs)), True)
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:

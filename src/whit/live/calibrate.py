@@ -63,7 +63,7 @@ def calibrate(model: nn.Module, method: str = "minmax", smooth: bool = False) ->
     if not inputs:
         raise RecipeError("No activations are quantized in this model: quantize(model, activations=qint8) first.")
     result = Calibrated()
-    _observe(inputs.values(), True)
+    observe(inputs.values(), True)
     try:
         with recorded(model) as calls:
             yield result
@@ -71,17 +71,14 @@ def calibrate(model: nn.Module, method: str = "minmax", smooth: bool = False) ->
             raise RecipeError("The model was not called while it was calibrated: nothing can be tried on its inputs.")
         if smooth:
             result.smoothed = smoothed(model, calls)
-            _observe(inputs.values(), True)
+            observe(inputs.values(), True)
             with torch.no_grad():
                 for call in calls:
                     call(model)
         histograms = {name: each.observer for name, each in inputs.items() if each.observer is not None}
     finally:
-        _observe(inputs.values(), False)
-    for name in _unread(inputs, histograms):  # such as norms of single heads: rounding would cost and save nothing
-        histograms.pop(name)
-        inputs.pop(name).fix(None)
-        result.scales[name] = UNREAD
+        observe(inputs.values(), False)
+    result.scales |= dict.fromkeys(drop_unread(inputs, histograms), UNREAD)
     if method == AUTO:
         _choose(model, inputs, histograms, calls[:JUDGED], result)
         return
@@ -90,7 +87,8 @@ def calibrate(model: nn.Module, method: str = "minmax", smooth: bool = False) ->
         result.scales[name] = method if each.static else "per token"
 
 
-def _observe(inputs: Iterable[Inputs], on: bool) -> None:
+def observe(inputs: Iterable[Inputs], on: bool) -> None:
+    """Count, and round nothing; or stop counting, and round."""
     for each in inputs:
         each.observer, each.enabled = (Histogram(), False) if on else (None, True)
 
@@ -140,12 +138,18 @@ def _choose(
     result.divergence[AUTO] = now
 
 
-def _unread(inputs: dict[str, Inputs], histograms: dict[str, Histogram]) -> list[str]:
-    """Norms whose outputs no quantized layer is given."""
+def drop_unread(inputs: dict[str, Inputs], histograms: dict[str, Histogram]) -> list[str]:
+    """Take out norms whose outputs no quantized layer is given, such as those of single heads, and fix no scale there.
+
+    Rounding them would cost and save nothing. Returns their names.
+    """
     found = []
     for names in _alike(histograms):
         if all(inputs[name].leaving for name in names):
             found += names
+    for name in found:
+        histograms.pop(name)
+        inputs.pop(name).fix(None)
     return found
 
 
