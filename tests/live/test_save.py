@@ -141,6 +141,20 @@ def test_tied_layers_in_float_are_one_parameter_again(tmp_path: Path) -> None:
     assert torch.equal(logits(other), logits(model))
 
 
+def test_a_transposed_view_of_a_square_matrix_keeps_its_own_values(tmp_path: Path) -> None:
+    def layers() -> nn.Sequential:
+        made = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+        made[1].weight = nn.Parameter(made[0].weight.detach().t())
+        return made
+
+    model, x = layers(), torch.linspace(-1, 1, 64)
+    quantize(model, "qint8", include="2")
+    freeze(model)
+    save(model, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "out", layers())(x), model(x))  # sums in another order
+
+
 @pytest.mark.parametrize("method", ["minmax", "kl"])
 def test_calibrated_scales_come_back(method: str, tmp_path: Path) -> None:
     model = tiny_model("llama")

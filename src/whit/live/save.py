@@ -121,10 +121,10 @@ def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor once, and what other names it has."""
     found: dict[str, Tensor] = {}
-    names: dict[tuple[int, torch.Size, torch.dtype], str] = {}
+    names: dict[tuple[Any, ...], str] = {}
     tied: dict[str, str] = {}
     for name, value in model.state_dict().items():
-        key = value.data_ptr(), value.shape, value.dtype
+        key = value.data_ptr(), value.shape, value.stride(), value.dtype  # a transposed view holds other values
         if value.numel() and key in names:
             tied[name] = names[key]
             continue
