@@ -131,6 +131,21 @@ def test_the_model_class_saves_and_loads(tmp_path: Path) -> None:
     assert len(list(twins_of(again._wrapped))) == len(list(twins_of(wrapped._wrapped)))
 
 
+@pytest.mark.parametrize("first", ["tokenizer", "model"])
+def test_a_tokenizer_is_saved_before_a_model_or_between_two(first: str, tmp_path: Path) -> None:
+    wrapped = QuantizedModelForCausalLM.quantize(tiny_model("llama"), weights=qint8)
+    if first == "model":
+        wrapped.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(name)
+    wrapped.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_text() == name
+    again = QuantizedModelForCausalLM.from_pretrained(tmp_path)
+    again._wrapped.set_attn_implementation("eager")
+    assert torch.equal(logits(again), logits(wrapped))
+
+
 def test_what_has_no_counterpart_is_refused() -> None:
     with pytest.raises(TypeError, match="search"):
         quantize(tiny_model("llama"), qint8, None, object())

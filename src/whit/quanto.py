@@ -25,7 +25,7 @@ from whit.live.inputs import Inputs
 from whit.live.quantize import freeze, twins_of
 from whit.live.quantize import quantize as _quantize
 from whit.live.report import Report
-from whit.live.save import load, map_of, save, shape_as
+from whit.live.save import load, map_of, save_among, shape_as
 from whit.live.types import (
     qfloat8,
     qfloat8_e4m3,
@@ -169,8 +169,8 @@ class QuantizedModelForCausalLM:
         return cls(model)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write it to a folder, as `whit.save` does, over an older one."""
-        save(self._wrapped, folder, overwrite=True)
+        """Write it to a folder, as `whit.save` does, over an older model; whatever else is there stays."""
+        save_among(self._wrapped, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> QuantizedModelForCausalLM:

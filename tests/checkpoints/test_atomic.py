@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from whit.checkpoints.atomic import whole_file
+from whit.checkpoints.atomic import own_files, whole_file, whole_folder
 from whit.errors import OutputError
 
 
@@ -54,3 +54,56 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, where: str) -> 
         whole_file(tmp_path / where, 1, overwrite=True),
     ):
         pass
+
+
+def old_folder(path: Path) -> dict[str, str]:
+    """A folder of a model and other things, and what must stay of it when `model*` is replaced."""
+    (path / "more").mkdir(parents=True)
+    for name in ("model.1", "model.2", "notes.txt", "more/model.3", "tokenizer.json"):
+        (path / name).write_text(f"old {name}")
+    (path / "link").symlink_to("notes.txt")
+    (path / "astray").symlink_to("nowhere")
+    return {name: f"old {name}" for name in ("notes.txt", "more/model.3")} | {"link": "old notes.txt"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_only_files_of_ones_own_are_replaced(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr("os.link", refused)
+    path = tmp_path / "out"
+    kept = old_folder(path)
+    with own_files(path, 3, ["model.*"]) as partial:
+        (partial / "model.1").write_text("new")
+        (partial / "tokenizer.json").write_text("new")  # whatever its name: what is written is what stays
+    assert {name: (path / name).read_text() for name in kept} == kept
+    assert (path / "model.1").read_text() == (path / "tokenizer.json").read_text() == "new"
+    assert not (path / "model.2").exists()
+    assert (path / "link").is_symlink()
+    assert (path / "astray").is_symlink()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError])
+def test_all_files_stay_after_a_failure(tmp_path: Path, failure: type[BaseException]) -> None:
+    path = tmp_path / "out"
+    kept = old_folder(path) | {name: f"old {name}" for name in ("model.1", "model.2", "tokenizer.json")}
+    with pytest.raises((failure, OutputError)), own_files(path, 3, ["model.*"]) as partial:  # noqa: PT012
+        (partial / "model.1").write_text("new")
+        raise failure
+    assert {name: (path / name).read_text() for name in kept} == kept
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_whole_folder_replaces_everything(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    old_folder(path)
+    with pytest.raises(OutputError, match="other things"), whole_folder(path, 3, overwrite=True):
+        pass
+    (path / "config.json").write_text("{}")
+    with whole_folder(path, 3, overwrite=True) as partial:
+        (partial / "model.1").write_text("new")
+    assert [each.name for each in path.iterdir()] == ["model.1"]
+    assert list(tmp_path.iterdir()) == [path]

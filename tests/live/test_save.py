@@ -284,6 +284,24 @@ def test_folders_are_replaced_only_when_asked(custom: bool, tmp_path: Path) -> N
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_lies_beside_an_older_model_stays_and_its_own_files_go(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    save(frozen(), folder)
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "notes.txt").write_text("dear")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_model.safetensors").write_text("trained")
+    model = nn.Sequential(nn.Linear(64, 24))
+    quantize(model, "qint4")
+    freeze(model)
+    save(model, folder, overwrite=True)
+    assert {each.name for each in folder.iterdir()} == {"model.safetensors", "whit.json", "notes.txt", "adapter"}
+    assert (folder / "adapter" / "adapter_model.safetensors").read_text() == "trained"
+    other = load(folder, nn.Sequential(nn.Linear(64, 24)))
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
 def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("dear")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,13 +51,34 @@ def whole_folder(path: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     one of another kind. On any exception the temporary folder is removed and an older one stays as it was.
     """
     check_folder(path, n_bytes, overwrite)
+    with _complete(path, n_bytes, overwrite) as partial:
+        yield partial
+
+
+@contextmanager
+def own_files(path: Path, n_bytes: int, own: Sequence[str]) -> Iterator[Path]:
+    """As `whole_folder`, for files that may lie among others: whatever else an older folder holds is kept.
+
+    own  patterns of the names that the writer gives: older files of such names go, whether or not they are written now
+    """
+    check_folder(path, n_bytes, overwrite=True, among=True)
+    with _complete(path, n_bytes, overwrite=True) as partial:
+        yield partial
+        for other in path.iterdir() if path.is_dir() else ():
+            if not any(fnmatch(other.name, pattern) for pattern in own) and not (partial / other.name).exists():
+                _keep(other, partial / other.name)
+
+
+@contextmanager
+def _complete(path: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
         for file in partial.iterdir():
-            _sync(file)
+            if not file.is_symlink():  # which leads to what is kept
+                _sync(file)
         _sync(partial)
         moved(partial, path, overwrite)
     except OSError as error:
@@ -65,6 +87,21 @@ def whole_folder(path: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _keep(old: Path, new: Path) -> None:
+    """The same file, link or folder under a second name: the first stays until the folder that it is in is replaced."""
+    if old.is_dir() and not old.is_symlink():
+        shutil.copytree(old, new, symlinks=True, copy_function=_linked)
+    else:
+        _linked(old, new)
+
+
+def _linked(old: str | Path, new: str | Path) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a disk that knows no links
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def moved(source: Path, path: Path, overwrite: bool) -> None:
@@ -80,14 +117,17 @@ def moved(source: Path, path: Path, overwrite: bool) -> None:
     synced_folder(path.parent)
 
 
-def check_folder(path: Path, n_bytes: int, overwrite: bool) -> None:
-    """Raise OutputError, before any work, when `whole_folder` would."""
+def check_folder(path: Path, n_bytes: int, overwrite: bool, among: bool = False) -> None:
+    """Raise OutputError, before any work, when `whole_folder` would.
+
+    among  whether other things than a model may be there, because they are kept
+    """
     if path.is_file():
         raise OutputError(f"{path}: is a file. This format is a folder; give another name.")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise OutputError(f"{path}: exists already. Choose another name, or add --force to replace it.")
-        if not any((path / name).is_file() for name in MARKS):
+        if not among and not any((path / name).is_file() for name in MARKS):
             raise OutputError(f"{path}: holds other things than a model and is not replaced. Choose another folder.")
     check_place(path, n_bytes)
 

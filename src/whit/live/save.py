@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from whit.checkpoints.atomic import whole_folder
-from whit.checkpoints.folder import open_folder, read_config, read_json
+from whit.checkpoints.atomic import check_folder, own_files
+from whit.checkpoints.folder import INDEX, SINGLE, open_folder, read_config, read_json
 from whit.checkpoints.safetensors_writer import SHARD_BYTES, Shards
 from whit.errors import BrokenFileError, ModelError, OutputError, RecipeError
 from whit.grids.grid import Grid, Spec
@@ -37,6 +37,7 @@ from whit.models.model import Model
 from whit.models.open import LIVE
 
 MAP, VERSION = LIVE, 1
+OWN = (MAP, SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "generation_config.json")
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecipeError)
 
 
@@ -44,7 +45,17 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, overwrite:
     """Write a frozen model to a folder, which appears whole or not at all.
 
     tokenizer  transformers', to lie beside it
+    overwrite  whether an older model may be replaced; what else lies beside it is kept
     Raises OutputError when the model is not frozen, or the folder exists or cannot be written.
+    """
+    check_folder(Path(folder), 0, overwrite)
+    save_among(model, folder, tokenizer)
+
+
+def save_among(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
+    """As `save`, into a folder of anything: files of an older model are replaced, all others are kept.
+
+    Raises OutputError when the model is not frozen, or the folder cannot be written.
     """
     path = Path(folder)
     loose = [name for name, each in model.named_modules() if isinstance(each, Twin) and each.frozen is None]
@@ -53,7 +64,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, overwrite:
     tensors, tied = _tensors(model)
     content = {"version": VERSION, "modules": map_of(model), "tied": tied}
     shards = Shards({name: Spec(tuple(each.shape), each.dtype) for name, each in tensors.items()}, SHARD_BYTES)
-    with whole_folder(path, shards.n_bytes, overwrite) as partial:
+    with own_files(path, shards.n_bytes, OWN) as partial:
         shards.create(partial)
         for name, value in tensors.items():
             shards.write(name, value.detach().cpu())
