@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from tiny import random_tokens, tiny_model
 from whit.errors import RecipeError
@@ -131,6 +132,39 @@ def test_the_latest_tokens_can_be_taken_back_and_rounded_ones_not() -> None:
     with pytest.raises(RecipeError, match="taken back"):
         layer.crop(-20)
     assert layer.get_seq_length() == 31
+
+
+@pytest.mark.parametrize("removed", [1, 3, 6, 7, 9])
+@pytest.mark.parametrize("steps", [[7], [3, 1, 3], [1] * 7])
+def test_a_short_cache_can_be_cropped_into_its_first_tokens(steps: list[int], removed: int) -> None:
+    """As transformers' own layer does, and what is added afterwards comes to the right places."""
+    layer, keys, values = filled(8, steps)
+    own = DynamicLayer()
+    own.update(keys, values)
+    for each in (layer, own):
+        each.crop(-removed)
+    assert layer.get_seq_length() == own.get_seq_length() == max(0, 7 - removed)
+    more = normal(2, 3, 40, 16, seed=2)
+    for found, wanted in zip(layer.update(more, more), own.update(more, more), strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(layer._keys.first, own.keys[..., :FIRST, :])
+
+
+def test_a_positive_number_is_refused_as_transformers_does() -> None:
+    for layer in (filled(8, [31])[0], DynamicLayer()):
+        with pytest.raises(ValueError, match="negative"):
+            layer.crop(10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_another_model_can_draft_after_a_short_prompt(n: int) -> None:
+    model, draft = tiny_model("llama"), tiny_model("llama", seed=1)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    plain = model.generate(TOKENS[:, :n], **options)
+    found = model.generate(
+        TOKENS[:, :n], assistant_model=draft, past_key_values=QuantizedCache(model.config), **options
+    )
+    assert torch.equal(found, plain)
 
 
 def test_an_empty_cache_can_be_cropped_by_nothing_and_reset() -> None:

@@ -90,6 +90,19 @@ class _Half:
         parts = [self.first, *(each.decode() for each in self.rounded), self.latest]
         return torch.cat([each for each in parts if each is not None], -2)
 
+    @property
+    def n_latest(self) -> int:
+        """Tokens after all that are rounded."""
+        return 0 if self.latest is None else self.latest.shape[-2]
+
+    def crop(self, n: int) -> None:
+        """Without the last n tokens, none of which may be rounded."""
+        of_first = max(0, n - self.n_latest)
+        if self.latest is not None:
+            self.latest = self.latest[..., : self.n_latest - (n - of_first), :]
+        if self.first is not None and of_first:
+            self.first = self.first[..., : self.first.shape[-2] - of_first, :]
+
     def map(self, change: Any) -> None:
         """Change every tensor along the batch."""
         self.first = None if self.first is None else change(self.first)
@@ -147,16 +160,20 @@ class QuantizedCacheLayer(DynamicLayer):
         self._map(lambda x: x[indices, ...])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the latest tokens. Raises RecipeError when some of them are rounded already."""
-        latest = self._keys.latest
-        n = abs(tokens_to_remove)
+        """Forget the latest tokens, as many as the negative number says, or all that there are.
+
+        Raises ValueError for a positive number, as transformers does, and RecipeError when some of the tokens are
+        rounded already: their groups cannot be cut.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): a negative number says how many tokens to remove.")
+        n = min(-tokens_to_remove, self._n)
         if n == 0:
             return
-        if latest is None or latest.shape[-2] < n:
+        if self._keys.rounded and self._keys.n_latest < n:
             raise RecipeError(f"{n} tokens cannot be taken back from a quantized cache: its window is shorter.")
-        for half in (self._keys, self._values):
-            assert half.latest is not None
-            half.latest = half.latest[..., : half.latest.shape[-2] - n, :]
+        self._keys.crop(n)
+        self._values.crop(n)
         self._n -= n
 
     @property
