@@ -1,6 +1,10 @@
 """Code that was written for optimum-quanto, with another import."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +148,16 @@ def test_a_tokenizer_is_saved_before_a_model_or_between_two(first: str, tmp_path
     again = QuantizedModelForCausalLM.from_pretrained(tmp_path)
     again._wrapped.set_attn_implementation("eager")
     assert torch.equal(logits(again), logits(wrapped))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_the_model_class_can_be_copied_and_pickled(copied: Callable[[Any], Any]) -> None:
+    wrapped = QuantizedModelForCausalLM.quantize(tiny_model("llama"), weights=qint8, activations=qint8)
+    again = copied(wrapped)
+    assert type(again) is QuantizedModelForCausalLM
+    assert torch.equal(logits(again), logits(wrapped))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = again.no_such_name
 
 
 def test_what_has_no_counterpart_is_refused() -> None:

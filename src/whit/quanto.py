@@ -145,6 +145,8 @@ class QuantizedModelForCausalLM:
         self._wrapped = model
 
     def __getattr__(self, name: str) -> Any:
+        if "_wrapped" not in self.__dict__:  # copies are asked for names before they have anything
+            raise AttributeError(name)
         return getattr(self.__dict__["_wrapped"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
