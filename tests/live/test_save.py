@@ -259,6 +259,16 @@ def test_a_model_that_is_not_frozen_is_refused_and_nothing_is_left(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_type_that_files_do_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    model.register_buffer("turns", torch.ones(3, dtype=torch.complex64))
+    quantize(model, "qint8")
+    freeze(model)
+    with pytest.raises(OutputError, match=r"turns is torch\.complex64"):
+        save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
     class Tokenizer:
         def save_pretrained(self, folder: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from whit.checkpoints.atomic import check_folder, own_files
 from whit.checkpoints.folder import INDEX, SINGLE, open_folder, read_config, read_json
-from whit.checkpoints.safetensors_writer import SHARD_BYTES, Shards
+from whit.checkpoints.safetensors_writer import NAMES, SHARD_BYTES, Shards
 from whit.errors import BrokenFileError, ModelError, OutputError, RecipeError
 from whit.grids.grid import Grid, Spec
 from whit.grids.named import grid_name, grid_named
@@ -62,6 +62,9 @@ def save_among(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> N
     if loose:
         raise OutputError(f"{len(loose)} layers are not frozen yet ({loose[0]} is one): freeze(model) first.")
     tensors, tied = _tensors(model)
+    for name, value in tensors.items():
+        if value.dtype not in NAMES:
+            raise OutputError(f"{name} is {value.dtype}, which no safetensors file holds: store it as another type.")
     content = {"version": VERSION, "modules": map_of(model), "tied": tied}
     shards = Shards({name: Spec(tuple(each.shape), each.dtype) for name, each in tensors.items()}, SHARD_BYTES)
     with own_files(path, shards.n_bytes, OWN) as partial:
