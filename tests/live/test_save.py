@@ -468,6 +468,20 @@ def test_a_broken_folder_is_one_clear_error(damage: Callable[[Path], object], wh
     assert str(error.value)
 
 
+@pytest.mark.parametrize(
+    "columns", [[1, 64, 65], [-1, 3, 9], [3, 1, 9], [3, 3, 9], [1.0, 3.0, 9.0]], ids=lambda it: str(it)
+)
+def test_salient_columns_that_are_none_are_found_on_loading(columns: list[float], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 24))
+    quantize(model, "qint4", salient=0.05, calibration=[torch.ones(2, 64)])
+    freeze(model)
+    save(model, tmp_path / "out")
+    load(tmp_path / "out", nn.Sequential(nn.Linear(64, 24)))
+    change_tensors(lambda it: it.update({"0.columns": torch.tensor(columns)}))(tmp_path / "out")
+    with pytest.raises(BrokenFileError, match="columns"):
+        load(tmp_path / "out", nn.Sequential(nn.Linear(64, 24)))
+
+
 def test_a_missing_folder_and_a_needless_model_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load(tmp_path / "nowhere")

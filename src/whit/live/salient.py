@@ -11,6 +11,7 @@ need nothing of the kind, each has scales of its own. Source: arXiv 2306.07629 a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,13 @@ class Beside(nn.Module):
         """x [..., in] -> [..., out]."""
         y = self.rest(x)
         return y + functional.linear(x.index_select(-1, self.columns), self.side.to(x.dtype)).to(y.dtype)
+
+    def check(self) -> None:
+        """Raise ValueError when the columns, which may come from a file, are not ascending ones of the matrix."""
+        n = self.rest.nx if isinstance(self.rest, QConv1D) else self.rest.in_features
+        found = self.columns.tolist()
+        if self.columns.dtype != torch.int64 or any(a >= b for a, b in pairwise([-1, *found, n])):
+            raise ValueError(f"salient columns must be ascending integers below {n}, found {found}")
 
     def extra_repr(self) -> str:
         """How many columns are float."""

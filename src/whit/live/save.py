@@ -110,13 +110,16 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
             kept = _stored_names(model)
             state = {k: v.to(dtype) if v.is_floating_point() and k not in kept else v for k, v in state.items()}
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-        for frozen in (each for each in model.modules() if isinstance(each, Frozen)):
-            frozen.packed.check()  # kernels trust what they are given
+        if missing or unexpected:
+            named = ", ".join([*missing, *unexpected][:3])
+            raise BrokenFileError(f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unknown ({named}).")
+        for each in model.modules():  # kernels trust what they are given
+            if isinstance(each, Frozen):
+                each.packed.check()
+            elif isinstance(each, Beside):
+                each.check()
     except BROKEN as error:
         raise BrokenFileError(f"{folder}: {MAP} and the tensors do not describe this model ({error}).") from None
-    if missing or unexpected:
-        named = ", ".join([*missing, *unexpected][:3])
-        raise BrokenFileError(f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unknown ({named}).")
     check_buffers(model)
     _tie(model, content["tied"])
     settle(model)
