@@ -468,6 +468,16 @@ def test_a_broken_folder_is_one_clear_error(damage: Callable[[Path], object], wh
     assert str(error.value)
 
 
+def test_a_grid_with_other_levels_of_the_same_shape_is_found(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 24))
+    quantize(model, "nf4")
+    freeze(model)
+    save(model, tmp_path / "out")
+    change_map(lambda it: it["modules"]["0"].update(grid="fp4-g64"))(tmp_path / "out")
+    with pytest.raises(BrokenFileError, match="levels"):
+        load(tmp_path / "out", nn.Sequential(nn.Linear(64, 24)))
+
+
 @pytest.mark.parametrize(
     "columns", [[1, 64, 65], [-1, 3, 9], [3, 1, 9], [3, 3, 9], [1.0, 3.0, 9.0]], ids=lambda it: str(it)
 )

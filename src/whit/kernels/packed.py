@@ -51,8 +51,8 @@ class Packed:
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
 
     def check(self) -> None:
-        """Raises ValueError when a buffer is missing, has another shape or dtype than its grid states, or names columns
-        that there are not."""
+        """Raises ValueError when a buffer is missing, has another shape or dtype than its grid states, holds the levels
+        of another grid, or names columns that there are not."""
         specs = buffer_specs(self.grid, self.shape)
         if specs.keys() != self.buffers.keys():
             raise ValueError(f"{self.grid} packs into {sorted(specs)}, found {sorted(self.buffers)}")
@@ -63,6 +63,9 @@ class Packed:
                     f"{name} of packed {self.grid} must be {spec.dtype} {list(spec.shape)}, "
                     f"found {found.dtype} {list(found.shape)}"
                 )
+        table = table_of(self.grid) if "table" in specs else None
+        if table is not None and not table.equal(self.buffers["table"].cpu()):
+            raise ValueError(f"the table of packed {self.grid} holds other levels than the grid has")
         if isinstance(self.grid, Sparse):
             self.grid.check(self.buffers, self.shape[1])
 
