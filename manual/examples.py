@@ -8,9 +8,9 @@ Output that is copied by hand is soon that of another version. A page therefore 
     ```
 
 and everything below a `$ ` line is this script's. Pages run in one folder, `start` first, so that others can use the
-file that it writes. All of it takes about half an hour; without arguments the folder is emptied before. Commands fail where
-their block says so, "```console fails", and nowhere else: a page is written when all of its commands have done as they
-should.
+file that it writes. All of it takes about half an hour; without arguments the folder is emptied before. Commands fail
+where their block says so, "```console fails", and nowhere else: a page is written when all of its commands have done
+as they should.
 """
 
 from __future__ import annotations

@@ -1,10 +1,23 @@
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from whit.checkpoints.atomic import own_files, whole_file, whole_folder
+from whit.checkpoints.atomic import check_apart, own_files, whole_file, whole_folder
 from whit.errors import OutputError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from whit.checkpoints.atomic import whole_file, whole_folder
+with (whole_folder if sys.argv[2] == "folder" else whole_file)(Path(sys.argv[1]), 0, True) as it:
+    (it.write(b"theirs") if sys.argv[2] == "file" else (it / "config.json").write_text("theirs"))
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -107,3 +120,58 @@ def test_a_whole_folder_replaces_everything(tmp_path: Path) -> None:
         (partial / "model.1").write_text("new")
     assert [each.name for each in path.iterdir()] == ["model.1"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the system itself refuses")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_two_runs_do_not_write_the_same_output_at_once(kind: str, tmp_path: Path) -> None:
+    path, writer = tmp_path / "out", whole_folder if kind == "folder" else whole_file
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "writing\n"
+    with pytest.raises(OutputError, match="another run is writing it"), writer(path, 0, True):
+        pytest.fail("both write")
+    other.stdin.close()
+    assert other.wait() == 0
+    written = path / "config.json" if kind == "folder" else path
+    assert written.read_text() == "theirs"
+    with writer(path, 0, True) as it:
+        (it / "config.json").write_text("ours") if isinstance(it, Path) else it.write(b"ours")
+    assert written.read_text() == "ours"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the system itself refuses")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_run_left_is_no_obstacle(kind: str, tmp_path: Path) -> None:
+    path, writer = tmp_path / "out", whole_folder if kind == "folder" else whole_file
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    other.kill()
+    other.communicate()
+    assert (tmp_path / ".out.partial").exists()
+    with writer(path, 0, False) as it:
+        (it / "whit.json").write_text("ours") if isinstance(it, Path) else it.write(b"ours")
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert [each.name for each in path.iterdir()] == ["whit.json"] if kind == "folder" else path.read_bytes() == b"ours"
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="no file that could be replaced"), whole_file(tmp_path / "pipe", 0, True):
+        pytest.fail("written")
+
+
+def test_what_is_read_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.gguf").write_bytes(b"")
+    for out in ("model", "model/a.gguf"):
+        with pytest.raises(OutputError, match="is read from"):
+            check_apart(tmp_path / out, "smollm2-135m", tmp_path / "model" / "a.gguf")
+    check_apart(tmp_path / "model" / "b.gguf", tmp_path / "model")
+    check_apart(tmp_path / "model" / "a.gguf", tmp_path / "model")

@@ -13,6 +13,11 @@ from typing import BinaryIO
 
 from whit.errors import OutputError
 
+try:
+    import fcntl
+except ImportError:  # Windows does not let two programs write one file anyway
+    fcntl = None  # type: ignore[assignment]
+
 MARKS = ("config.json", "whit.json", "page.json")  # a folder with one of them was written by a command like this one
 
 
@@ -23,24 +28,71 @@ def whole_file(path: Path, n_bytes: int, overwrite: bool) -> Iterator[BinaryIO]:
     path       final name; the temporary file lies beside it, so that the rename is atomic
     n_bytes    announced size, checked against the free space before anything is written
     overwrite  whether an existing file may be replaced
-    Raises OutputError when the file exists, cannot be written or the disk is or gets full. On any exception,
-    an interrupt included, the temporary file is removed and an older file of that name stays as it was.
+    Raises OutputError when the file exists, cannot be written, is being written by another run, or the disk is or gets
+    full. On any exception, an interrupt included, the temporary file is removed and an older file of that name stays as
+    it was.
     """
     check_target(path, n_bytes, overwrite)
     partial = path.with_name(f".{path.name}.partial")
+    with alone(partial, path):
+        try:
+            check_target(path, n_bytes, overwrite)  # another run may just have ended
+            with partial.open("r+b") as file:
+                file.truncate()
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            synced_folder(path.parent)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(_explain(path, n_bytes, error)) from error
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def alone(path: Path, out: Path, folder: bool = False) -> Iterator[None]:
+    """While the context lasts, no other run works in `path`, which is made if it is not there.
+
+    out  what the work is for, for the message
+    Raises OutputError when another run does, or `path` cannot be made. Where a disk knows no locks, nobody is kept out.
+    """
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        synced_folder(path.parent)
+        descriptor = _held(path, folder)
+    except BlockingIOError:
+        raise OutputError(f"{out}: another run is writing it. Wait for that to end, or choose another name.") from None
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(_explain(path, n_bytes, error)) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        raise OutputError(_explain(out, 0, error)) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _held(path: Path, folder: bool) -> int:
+    """A descriptor of `path` with a lock. Raises BlockingIOError when another process has it."""
+    while True:
+        if folder:
+            path.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the run that had it gave the file its name, or took it away, before the lock was ours
 
 
 @contextmanager
@@ -72,21 +124,22 @@ def own_files(path: Path, n_bytes: int, own: Sequence[str]) -> Iterator[Path]:
 @contextmanager
 def _complete(path: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-        for file in partial.iterdir():
-            if not file.is_symlink():  # which leads to what is kept
-                _sync(file)
-        _sync(partial)
-        moved(partial, path, overwrite)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(_explain(path, n_bytes, error)) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with alone(partial, path, folder=True):
+        try:
+            for left in partial.iterdir():  # by a run that was killed
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield partial
+            for file in partial.iterdir():
+                if not file.is_symlink():  # which leads to what is kept
+                    _sync(file)
+            _sync(partial)
+            moved(partial, path, overwrite)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OutputError(_explain(path, n_bytes, error)) from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _keep(old: Path, new: Path) -> None:
@@ -136,9 +189,18 @@ def check_target(path: Path, n_bytes: int, overwrite: bool) -> None:
     """Raise OutputError, before any work, when `whole_file` would."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder. Give a file name.")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is no file that could be replaced. Give a file name.")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already. Choose another name, or add --force to replace it.")
     check_place(path, n_bytes)
+
+
+def check_apart(out: Path, *read: str | Path) -> None:
+    """Raise OutputError when writing `out` would replace what is read, or a file or folder that it lies in."""
+    for each in map(Path, read):
+        if each.exists() and out.exists() and each.resolve().is_relative_to(out.resolve()):
+            raise OutputError(f"{out}: is what {each} is read from. Choose another name.")
 
 
 def check_place(path: Path, n_bytes: int) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from whit.checkpoints.atomic import check_folder, check_target
+from whit.checkpoints.atomic import check_apart, check_folder, check_target
 from whit.cli.progress import progress_bar
 from whit.models.open import open_model
 from whit.pipeline.convert import GGUF, TARGETS, convert
@@ -28,6 +28,7 @@ def command(
     opened = open_model(model)
     if target in TARGETS:
         (check_target if target == GGUF else check_folder)(out, 0, force)  # before any work
+        check_apart(out, model)
     with progress_bar("converting") as progress:
         found = convert(opened, target, out, requantize, force, progress)
     console.print(f"{out}: {found.result.n_bytes / 1e6:.2f} MB, {found.result.seconds:.2f} s", soft_wrap=True)

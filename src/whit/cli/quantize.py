@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from whit.calibration.text import WINDOW
-from whit.checkpoints.atomic import check_folder, check_target, moved
+from whit.checkpoints.atomic import check_apart, check_folder, check_target, moved
 from whit.checkpoints.imatrix import read_imatrix
 from whit.checkpoints.stacked import StackedTensors
 from whit.cli.budget import best_file, file_bytes, parse_size, read_damages, swept
@@ -168,7 +168,8 @@ def command(
         raise RecipeError(f"--distil does not follow activations that are quantized too, as {chosen.name} does.")
     check = check_target if layout == GGUF else check_folder
     check(out, min(n_bytes, opened.n_bytes), force)  # before any work
-    check_beside(out, save_recipe, report)
+    check_apart(out, model)
+    check_beside(out, force, save_recipe, report)
     if table is not None and recipe is None:
         read_damages(table, allocator)
     calibration, unseen = None, None
@@ -217,13 +218,15 @@ def command(
         _verdict(console, opened, out, intended, most, place)
 
 
-def check_beside(out: Path, *others: Path | None) -> None:
+def check_beside(out: Path, force: bool, *others: Path | None) -> None:
     """Raise OutputError, before any work, when a small file beside the result cannot be written."""
+    taken = {out.resolve()}
     for path in others:
         if path is not None:
-            if path.resolve() == out.resolve():
-                raise OutputError(f"{path}: is the output itself. Choose another name.")
-            check_target(path, 0, overwrite=True)
+            if path.resolve() in taken:
+                raise OutputError(f"{path}: is to hold something else already. Choose another name.")
+            taken.add(path.resolve())
+            check_target(path, 0, force)
 
 
 def _finish(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from whit.calibration.text import WINDOW
-from whit.checkpoints.atomic import check_target, whole_file
+from whit.checkpoints.atomic import check_apart, check_target, whole_file
 from whit.checkpoints.imatrix import read_imatrix
 from whit.cli.measured import DEFAULT_WINDOWS, measured_windows
 from whit.cli.progress import progress_bar
@@ -53,6 +53,7 @@ def command(
     drawing()
     folder = pictures_ or out.with_name(f"{out.stem}-pictures")
     _check_targets(out, folder, distinct(files), force)
+    check_apart(out, against, *files)
     place, original = device_named(device), open_model(against)
     importance = None if imatrix is None else (imatrix.name, read_imatrix(imatrix))
     source, used = measured_windows(original, text, windows)

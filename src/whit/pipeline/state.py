@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whit.checkpoints.atomic import synced_folder
+from whit.checkpoints.atomic import alone, synced_folder
 from whit.checkpoints.checked import taken_checked, write_checked
 from whit.errors import BrokenFileError, OutputError
 from whit.grids.quantized import QuantizedTensor
@@ -69,7 +69,7 @@ class State:
         fingerprint  what must be the same, by what a person calls it
         Raises OutputError when the state is of another run, BrokenFileError when it is damaged.
         """
-        self.path = out.with_name(f".{out.name}.quantizing")
+        self.path = _place(out)
         self.n_blocks = 0
         if (self.path / RUN).exists():
             theirs, _ = self._read(RUN)
@@ -185,16 +185,22 @@ def state_beside(
     if calibration is None or known or not any(step.needs_moments for step in steps):
         yield None
         return
-    state = State(out, fingerprint(model, steps, calibration, activations))
-    try:
-        yield state
-    except _DamagedState:
-        raise
-    except (OutputError, BrokenFileError) as error:  # nowhere to write to, or a source that can be read no more
-        raise type(error)(
-            f"{error} Finished blocks ({state.n_blocks}) are kept in {state.path}: the same command goes on there."
-        ) from error
-    shutil.rmtree(state.path)
+    asked = fingerprint(model, steps, calibration, activations)
+    with alone(_place(out), out, folder=True):
+        state = State(out, asked)
+        try:
+            yield state
+        except _DamagedState:
+            raise
+        except (OutputError, BrokenFileError) as error:  # nowhere to write to, or a source that can be read no more
+            raise type(error)(
+                f"{error} Finished blocks ({state.n_blocks}) are kept in {state.path}: the same command goes on there."
+            ) from error
+        shutil.rmtree(state.path)
+
+
+def _place(out: Path) -> Path:
+    return out.with_name(f".{out.name}.quantizing")
 
 
 def fingerprint(model: Model, steps: Sequence[Step], calibration: Calibration, activations: str = "") -> dict[str, str]:
