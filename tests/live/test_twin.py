@@ -1,12 +1,15 @@
 """The matrix of a live layer: seen rounded, trained straight through, frozen to codes."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tiny import tiny_model
 from whit.grids.grid import Grid
 from whit.grids.named import grid_named
 from whit.grids.scaled import Offset, PerGroup, integer_grid
@@ -323,3 +326,21 @@ def test_scales_of_superblocks_get_gradients_too(name: str) -> None:
         ends = [grid.decode(quantized.codes, {**quantized.params, key: value.float() + by}) for by in (1, -1)]
         slope = (((ends[0] - ends[1]) / 2).double() * R.double()).view(3, -1, 512 // value.shape[1]).sum(-1)
         assert torch.allclose(leaf.grad.double(), slope, rtol=1e-2, atol=1e-2 * slope.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["nearest", "search", "frozen"])
+def test_transformers_saves_tied_twins(name: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen2-tied")
+    quantize(model, qint4, method="search" if name == "search" else "nearest")
+    if name == "frozen":
+        freeze(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {key for key in model.state_dict() if not key.startswith("lm_head.")} <= saved.keys()
+    other = tiny_model("qwen2-tied", seed=1)
+    quantize(other, qint4, method="search" if name == "search" else "nearest")
+    if name == "frozen":
+        freeze(other)
+    other.load_state_dict(saved, strict=False)
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)

@@ -20,11 +20,11 @@ from whit.tune.trainer import QuantizedTraining
 DATA = [{"input_ids": ids, "labels": ids} for ids in (random_tokens(32, seed % 4) for seed in range(64))]
 
 
-def model_of(folder: Path) -> torch.nn.Module:
+def model_of(folder: Path, kind: str = "llama", method: str = "nearest") -> torch.nn.Module:
     if not folder.exists():
-        save_tiny("llama", folder)
+        save_tiny(kind, folder)
     model = load_module(open_model(folder))
-    quantize(model, weights=qint4)
+    quantize(model, weights=qint4, method=method)
     return model
 
 
@@ -73,14 +73,19 @@ def test_the_loss_falls_and_what_was_seen_is_what_is_frozen(train: str, tmp_path
         assert torch.allclose(model(ids).logits, seen, rtol=1e-3, atol=1e-4)
 
 
-def test_it_resumes_from_its_checkpoint(tmp_path: Path) -> None:
-    whole = model_of(tmp_path / "model")
+@pytest.mark.parametrize("method", ["nearest", "search"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2-tied"])
+def test_it_resumes_from_its_checkpoint(kind: str, method: str, tmp_path: Path) -> None:
+    """A tied head's checkpoint holds what both learn once, and resumes both."""
+    whole = model_of(tmp_path / "model", kind, method)
+    start = codes(whole)
     trained(whole, tmp_path / "whole", 20)
-    trained(model_of(tmp_path / "model"), tmp_path / "cut", 10)
-    resumed = model_of(tmp_path / "model")
+    trained(model_of(tmp_path / "model", kind, method), tmp_path / "cut", 10)
+    resumed = model_of(tmp_path / "model", kind, method)
     trained(resumed, tmp_path / "cut", 20, resume=True)
     for first, second in zip(codes(whole), codes(resumed), strict=True):
         assert torch.equal(first, second)
+    assert any(not torch.equal(first, second) for first, second in zip(start, codes(resumed), strict=True))
 
 
 HELD = torch.tensor([random_tokens(32, 100 + seed) for seed in range(8)])

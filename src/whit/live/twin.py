@@ -74,6 +74,8 @@ class Twin(nn.Module):
     """
 
     turned = False  # whether the parameter is [in, out]
+    # What transformers, when it saves a model, need write under one name only: tied twins have these in common.
+    _tied_weights_keys = dict.fromkeys(("learner", "fixed", "frozen"), "")
 
     def __init__(self, weight: Tensor, grid: Grid, inputs: str | None) -> None:
         """weight  the original's own parameter, shared with whatever it is tied to."""
