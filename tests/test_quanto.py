@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -124,6 +125,15 @@ def test_requantize_names_a_buffer_that_nobody_can_make() -> None:
     other.register_buffer("shift", torch.zeros(64, device="meta"), persistent=False)
     with pytest.raises(ModelError, match="shift"):
         requantize(other, model.state_dict(), quantization_map(model))
+
+
+def test_requantize_takes_what_safetensors_writes_of_tied_layers(tmp_path: Path) -> None:
+    model, other = tiny_model("qwen2-tied"), tiny_model("qwen2-tied", seed=5)
+    quantize(model, weights=qint4)
+    freeze(model)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    requantize(other, load_file(tmp_path / "model.safetensors"), quantization_map(model))
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_the_model_class_saves_and_loads(tmp_path: Path) -> None:

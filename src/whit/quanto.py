@@ -121,7 +121,8 @@ def requantize(
 ) -> None:
     """Give a float model of the same architecture (on the meta device, too) the quantized weights of another, in place.
 
-    state_dict        of a frozen model
+    state_dict        of a frozen model; what is tied may be there under one of its names, as `save_model` of
+                      safetensors writes it
     quantization_map  of that model
     device            of everything afterwards, None for where the state_dict is
     Raises ModelError or RuntimeError when they do not fit.
@@ -129,6 +130,12 @@ def requantize(
     fill_buffers(model)
     shape_as(model, quantization_map)
     moved = {name: value if device is None else value.to(device) for name, value in state_dict.items()}
+    first: dict[int, str] = {}
+    own = model.state_dict(keep_vars=True)  # with the very tensors, which tied layers have in common
+    for name, value in own.items():
+        if name in moved:
+            first.setdefault(id(value), name)
+    moved |= {name: moved[first[id(each)]] for name, each in own.items() if name not in moved and id(each) in first}
     model.load_state_dict(moved, strict=True, assign=True)
     check_buffers(model)
     if device is not None:  # buffers that no state_dict has
