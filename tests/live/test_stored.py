@@ -1,9 +1,11 @@
 import copy
+import pickle
 
 import pytest
 import torch
 
 from whit.grids.named import grid_named
+from whit.live.quantize import freeze, quantize
 from whit.live.stored import Frozen, Stored
 from whit.live.types import TYPES
 from whit.rounding.nearest import nearest
@@ -50,6 +52,25 @@ def test_a_copy_owns_its_tensors() -> None:
     other.tensors["scale"].zero_()
     assert other.quantized.dequantize().abs().max() == 0
     assert source.quantized.dequantize().abs().max() > 0
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["qint4", "kmeans4", "q4_k"])
+def test_a_functional_call_multiplies_with_what_it_is_given(name: str, gradients: bool) -> None:
+    def layer(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(256, 32))
+        quantize(model, TYPES.get(name, name))
+        freeze(model)
+        return model
+
+    a, b, x = layer(0), layer(1), torch.randn(3, 256)
+    with torch.set_grad_enabled(gradients):
+        own, other = a(x), b(x)
+        assert torch.equal(torch.func.functional_call(a, b.state_dict(), x), other)
+        assert torch.equal(a(x), own)
+        assert torch.equal(torch.func.functional_call(copy.deepcopy(a), b.state_dict(), x), other)
+        assert torch.equal(torch.func.functional_call(pickle.loads(pickle.dumps(a)), b.state_dict(), x), other)
 
 
 def test_moving_to_another_device_moves_everything() -> None:

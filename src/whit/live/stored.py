@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class Frozen(Stored):
         """packed  its buffers become this module's."""
         super().__init__(packed.buffers)
         self.packed = packed
+        self._changed()
 
     @classmethod
     def of(cls, quantized: QuantizedTensor) -> Frozen:
@@ -94,7 +95,10 @@ class Frozen(Stored):
         return f"{rows} x {cols}, {sum(each.nbytes for each in self.tensors.values())} bytes"
 
     def _changed(self) -> None:
-        self.packed = Packed(self.packed.grid, self.packed.shape, dict(self.tensors))
+        # torch's own dictionary, so that what `torch.func.functional_call` puts there for a call is multiplied with; a
+        # new `Packed`, because one that was multiplied with holds on to the tensors that were there.
+        buffers = cast(dict[str, Tensor], self._buffers)
+        self.packed = Packed(self.packed.grid, self.packed.shape, buffers)
 
 
 def settle(model: nn.Module) -> None:
