@@ -299,6 +299,22 @@ def test_a_frozen_layer_multiplies_in_the_type_of_its_inputs(inputs: str | None,
     assert (found.double() - exact.double()).abs().max() < {torch.bfloat16: 0.1, torch.float16: 0.01}.get(dtype, 1e-5)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("grid", [qint8, grid_named("q4_k")], ids=["qint8", "q4_k"])
+@pytest.mark.parametrize("inputs", [None, "int8", "fp8"])
+def test_autocast_means_the_same_before_and_after_freezing(inputs: str | None, grid: Grid, gradients: bool) -> None:
+    twin = linear(grid, inputs, cols=256)
+    x = normal(3, 256)
+    torch.compiler.reset()  # all layers of a class share one limit of compilations
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+        before, after = twin(x), frozen(twin)(x)
+        compiled = torch.compile(frozen(twin), fullgraph=True, backend="aot_eager")(x)
+    assert before.dtype == after.dtype == compiled.dtype == torch.bfloat16
+    assert torch.allclose(before, after, rtol=0.02, atol=0.05)
+    assert torch.allclose(compiled, after, rtol=0.02, atol=0.05)
+    assert frozen(twin)(x).dtype == torch.float32
+
+
 def test_trained_scales_are_seen_at_once_and_frozen() -> None:
     grid = TRAINED["scale"]
     twin = linear(grid)

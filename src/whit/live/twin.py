@@ -230,10 +230,18 @@ def multiplied(twin: Twin, x: Tensor, bias: Tensor | None) -> Tensor:
     inputs, frozen = twin.inputs, twin.frozen
     if frozen is None:
         return functional.linear(x if inputs is None else inputs(x), twin.seen(), bias)
+    dtype = _autocast(x) if torch._C._is_any_autocast_enabled() else x.dtype
     if inputs is None:
-        return linear(x, frozen.packed, bias)
+        return linear(x if dtype is x.dtype else x.to(dtype), frozen.packed, bias)
     learning = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if inputs.counts and not learning and x.dtype != torch.float64:  # sums of codes end in float32
         codes, scale = inputs.codes(x)
-        return linear_int8(codes, scale, frozen.packed, bias, x.dtype)
-    return linear(inputs(x), frozen.packed, bias)
+        return linear_int8(codes, scale, frozen.packed, bias, dtype)
+    return linear(inputs(x).to(dtype), frozen.packed, bias)
+
+
+def _autocast(x: Tensor) -> torch.dtype:
+    """What torch, which casts nothing for the kernels' operators, would multiply x in: float64 it leaves alone."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else x.dtype
