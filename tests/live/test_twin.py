@@ -1,6 +1,7 @@
 """The matrix of a live layer: seen rounded, trained straight through, frozen to codes."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,62 @@ def test_what_is_seen_follows_the_parameter() -> None:
         twin.seen()
         twin.weight.mul_(3).add_(normal(12, 64, seed=5))
         assert torch.equal(twin.seen(), nearest(twin.weight, qint4).dequantize())
+
+
+@pytest.mark.parametrize("method", ["nearest", "search"])
+def test_training_through_data_is_seen_and_frozen(method: str) -> None:
+    """Such changes raise no version counter."""
+    model = nn.Sequential(linear(qint4, rows=64))
+    if method == "search":
+        fix(model[0], qint4)
+    x, wanted = normal(8, 64), normal(8, 64, seed=1)
+
+    def loss() -> Tensor:
+        return (model(x) - wanted).square().mean()
+
+    before = model[0].quantized().codes
+    for _ in range(50):
+        with torch.no_grad():
+            evaluated = loss().item()
+        model.zero_grad()
+        trained = loss()
+        trained.backward()
+        assert evaluated == pytest.approx(trained.item(), rel=1e-4)
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.data -= parameter.grad
+    assert not torch.equal(model[0].quantized().codes, before)
+    with torch.no_grad():
+        last = loss().item()
+        freeze(model)
+        assert loss().item() == pytest.approx(last, rel=1e-4)
+
+
+def test_weights_put_in_for_evaluation_are_seen() -> None:
+    """As averages over a training are."""
+    model, other = nn.Sequential(linear(qint4)), linear(qint4, seed=5)
+    x = normal(3, 64)
+    with torch.no_grad():
+        before = model(x)
+        model[0].weight.data.copy_(other.weight)
+        model[0].bias.data.copy_(other.bias)
+        model.eval()
+        assert torch.equal(model(x), other(x))
+        assert not torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("change", [Tensor.neg_, lambda W: W.copy_(W.flip(1)), lambda W: W[3].mul_(1.001)])
+def test_chosen_codes_hold_for_the_very_weights(change: Callable[[Tensor], Tensor]) -> None:
+    twin = linear(TYPES["qint2"])
+    twin.fix(search(twin.weight.detach(), TYPES["qint2"]))
+    kept = twin._chosen
+    assert kept is not None
+    before = twin.weight.detach().clone()
+    assert twin._kept() is kept[1]
+    change(twin.weight.data)
+    assert twin._kept() is None
+    twin.weight.data.copy_(before)
+    assert twin._kept() is kept[1]
 
 
 def test_what_is_seen_follows_a_new_parameter() -> None:

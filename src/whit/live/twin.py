@@ -11,7 +11,7 @@ search or error feedback has chosen them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from whit.live.inputs import Inputs
 from whit.live.learner import Learner
 from whit.live.stored import Frozen, Stored
 from whit.rounding.nearest import nearest
+
+SUMMED = 1024  # rows at a time
 
 
 class _Through(torch.autograd.Function):
@@ -88,7 +90,7 @@ class Twin(nn.Module):
         self.learner: Learner | None = None
         self.lent: Tensor | None = None
         self._seen: tuple[Any, Tensor] | None = None
-        self._chosen: tuple[Any, Tensor] | None = None
+        self._chosen: tuple[Tensor, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -136,6 +138,7 @@ class Twin(nn.Module):
         scales = [] if self.fixed is None else list(self.fixed.tensors.values())
         trained = torch.is_grad_enabled() and (W.requires_grad or any(each.requires_grad for each in scales))
         if trained:
+            self._seen = None  # what learns may be changed where no key shows it
             return straight_through(W, self.quantized()).to(W.dtype)
         key = self._key(), *((each.data_ptr(), each._version) for each in scales)
         if key[0] is None:
@@ -148,29 +151,37 @@ class Twin(nn.Module):
     def _key(self) -> tuple[Any, ...] | None:
         """Another one whenever the parameter has changed; None when that cannot be seen.
 
-        A change through `parameter.data` tells nobody: call `forget` after it.
+        A change through `parameter.data` shows in no key. Training makes such changes, and averages of weights come so
+        when a model goes from training to evaluation: both drop what was seen.
         """
         parameter = self._parameters.get("weight")
         if parameter is None or parameter.is_inference():
             return None
         return parameter.data_ptr(), parameter._version, parameter.device, parameter.dtype
 
+    def train(self, mode: bool = True) -> Self:
+        """As ever; what is seen next is made of the parameter as it is then."""
+        self._seen = None
+        return super().train(mode)
+
+    def _sums(self) -> Tensor:
+        """Of the parameter's bits as integers, per column: others once values have changed, however that was done."""
+        W = self.weight.detach().contiguous()
+        bits = W.view({1: torch.int8, 2: torch.int16}.get(W.itemsize, torch.int32))
+        parts = [part.sum(0, dtype=torch.int64) for part in bits.split(SUMMED)]  # torch widens all that it sums
+        return torch.stack(parts).sum(0)
+
     def _kept(self) -> Tensor | None:
         """The codes that were chosen, unless the parameter has changed since."""
-        return self._chosen[1] if self._chosen is not None and self._chosen[0] == self._key() else None
+        if self._chosen is None:
+            return None
+        sums, codes = self._chosen
+        now = self._sums()
+        same = sums.device == now.device and torch.equal(sums, now)
+        return codes if same else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_seen": None,
-            "lent": None,
-            "_chosen": self._kept(),
-        }  # keys hold for this very parameter alone
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        codes = state["_chosen"]
-        self._chosen = None if codes is None else (self._key(), codes)
+        return {**self.__dict__, "_seen": None, "lent": None}  # keys hold for this very parameter alone
 
     def fix(self, quantized: QuantizedTensor) -> None:
         """From now on the matrix is these codes; parameters of the grid stay when it is trained further."""
@@ -180,7 +191,7 @@ class Twin(nn.Module):
         with torch.no_grad():
             parameter.copy_(Q.T if self.turned else Q)
         self.fixed, self._seen = Stored({name: value.clone() for name, value in quantized.params.items()}), None
-        self._chosen = self._key(), quantized.codes  # the parameter may have too few bits for all of its codes
+        self._chosen = self._sums(), quantized.codes  # the parameter may have too few bits for all of its codes
 
     def tied_to(self, other: Twin) -> bool:
         """Whether both see the same parameter, on the same grid."""
