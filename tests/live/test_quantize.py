@@ -131,6 +131,32 @@ def test_tied_layers_have_the_same_codes(name: str, method: str) -> None:
     assert torch.equal(head.matrix, expected)
 
 
+@pytest.mark.parametrize("method", ["search", "feedback"])
+@pytest.mark.parametrize("excluded", ["*embed*", "lm_head"])
+def test_codes_are_not_written_to_a_tied_layer_that_is_excluded(excluded: str, method: str) -> None:
+    model = tiny_model("qwen2-tied")
+    before = model.lm_head.weight.detach().clone()
+    report = quantize(model, TYPES["qint2"], exclude=excluded, method=method, calibration=TOKENS)
+    head, embedding = model.lm_head, model.model.embed_tokens
+    kept, other = (embedding, head) if excluded == "*embed*" else (head, embedding)
+    assert torch.equal(kept.weight, before)
+    assert isinstance(other, Twin)
+    assert [model.get_submodule(each.name) for each in report.replaced if "no longer tied" in each.note] == [other]
+    seen = other.seen().detach().clone()
+    freeze(model)
+    assert torch.equal(other.weight, seen)
+    assert torch.equal(kept.weight, before)
+
+
+def test_tied_layers_on_two_grids_have_the_codes_that_each_would_have_alone() -> None:
+    model = tiny_model("qwen2-tied")
+    W = model.lm_head.weight.detach().clone()
+    quantize(model, qint8, include="*embed*", method="search")
+    quantize(model, qint4, include="lm_head", method="search")
+    assert torch.equal(model.model.embed_tokens.seen(), search(W, qint8).dequantize())
+    assert torch.equal(model.lm_head.seen(), search(W, qint4).dequantize())
+
+
 def test_a_module_that_is_used_twice_is_replaced_once() -> None:
     shared = nn.Linear(64, 64)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})

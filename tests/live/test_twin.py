@@ -17,7 +17,7 @@ from whit.grids.scaled import Offset, PerGroup, integer_grid
 from whit.live.modules import QLinear
 from whit.live.quantize import freeze, quantize
 from whit.live.stored import Stored
-from whit.live.twin import Twin, straight_through
+from whit.live.twin import Twin, part, straight_through
 from whit.live.types import TYPES, qint4, qint8
 from whit.rounding.nearest import nearest, search
 
@@ -138,6 +138,21 @@ def test_chosen_codes_hold_for_the_very_weights(change: Callable[[Tensor], Tenso
     assert twin._kept() is None
     twin.weight.data.copy_(before)
     assert twin._kept() is kept[1]
+
+
+def test_tied_twins_share_a_copy_of_what_others_have_too() -> None:
+    parameter = nn.Parameter(normal(12, 64))
+    layers = [linear(qint4), linear(qint4), linear(qint8), nn.Linear(64, 12)]
+    for layer in layers:
+        layer._parameters["weight"] = parameter
+    model = nn.Sequential(*layers)
+    a, b, c, _ = layers
+    assert part(model, [a, b, c]) == [a, b, c]
+    assert a.weight is b.weight
+    assert len({id(each.weight) for each in layers}) == 3
+    assert layers[3].weight is parameter
+    assert all(torch.equal(each.weight, parameter) for each in layers)
+    assert part(model, [a, b, c]) == []
 
 
 def test_what_is_seen_follows_a_new_parameter() -> None:

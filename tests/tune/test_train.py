@@ -59,6 +59,16 @@ def test_a_frozen_model_can_be_trained_again(tmp_path: Path) -> None:
     freeze(model)
 
 
+def test_what_is_learned_is_not_written_to_a_tied_layer_in_float(tmp_path: Path) -> None:
+    model, _ = pair("llama-tied-biased", tmp_path)
+    quantize(model, weights=qint2, exclude="*embed*")
+    before = model.model.embed_tokens.weight.detach().clone()
+    learn(model, "full")
+    settle(model)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
 def test_codes_that_are_trained_from_end_to_end(tmp_path: Path) -> None:
     model, teacher = pair("llama", tmp_path)
     quantize(model, weights=qint4)

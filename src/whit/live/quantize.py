@@ -32,7 +32,7 @@ from whit.live.report import Left, Replaced, Report
 from whit.live.run import Batch, Call, calls_of
 from whit.live.salient import Beside, check_salient, split, squares_of
 from whit.live.stored import Frozen, Stored, settle
-from whit.live.twin import Ties, Twin
+from whit.live.twin import Ties, Twin, part
 from whit.live.types import fitted, type_named
 from whit.pipeline.effort import PRESETS
 from whit.recipes.quantizers import quantizer_named
@@ -137,6 +137,9 @@ def quantize(
             twins[id(module)] = made
     swap(model, twins)
     new = {name: each for name, each in model.named_modules() if isinstance(each, Twin) and _is_new(each, twins)}
+    if method != NEAREST:
+        parted = part(model, new.values())
+        replaced = [_parted(each) if any(new.get(each.name) is one for one in parted) else each for each in replaced]
     if method in ROUNDINGS and method != NEAREST:  # which is what twins do by themselves
         _fixed(new, ROUNDINGS[method])
     elif method in LEARNED:
@@ -244,6 +247,11 @@ def _fixed(twins: Mapping[str, Twin], rounding: Rounding) -> None:
             done.append(twin)
         else:
             twin.fix_as(other)
+
+
+def _parted(found: Replaced) -> Replaced:
+    notes = found.note, "no longer tied to layers that are not on this grid"
+    return replace(found, note="; ".join(filter(None, notes)))
 
 
 def _is_new(twin: Twin, twins: Mapping[int, nn.Module]) -> bool:

@@ -10,7 +10,8 @@ search or error feedback has chosen them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any, Self, cast
 
 import torch
@@ -234,6 +235,30 @@ class Ties:
         if key not in self._made:
             self._made[key] = parameter, make()
         twin.become(self._made[key][1])
+
+
+def part(model: nn.Module, twins: Iterable[Twin]) -> list[Twin]:
+    """Give twins a copy of a parameter that others have too, before their codes are written to it.
+
+    model  with the others: layers that stay float, twins on another grid or not among the given
+    twins  those of one parameter and one grid go on sharing
+    Returns those that have got a copy.
+    """
+    owners = Counter(id(each) for module in model.modules() for each in module._parameters.values())
+    groups: dict[tuple[int, Grid], list[Twin]] = {}
+    for twin in twins:
+        groups.setdefault((id(twin.weight), twin.grid), []).append(twin)
+    parted: list[Twin] = []
+    for (key, _), group in groups.items():
+        if owners[key] == len(group):
+            continue
+        owners[key] -= len(group)
+        W = group[0].weight
+        own = nn.Parameter(W.detach().clone(), W.requires_grad)
+        for twin in group:
+            twin._parameters["weight"] = own
+        parted += group
+    return parted
 
 
 def multiplied(twin: Twin, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from whit.grids.grid import Grid
 from whit.grids.quantized import QuantizedTensor
 from whit.live.learner import Learner
 from whit.live.quantize import twins_of
-from whit.live.twin import Twin
+from whit.live.twin import Twin, part
 
 SCALES, LORA, FULL = "scales", "lora", "full"
 KINDS = (SCALES, LORA, FULL)
@@ -70,6 +70,7 @@ def learn(
 def settle(model: nn.Module) -> None:
     """What has been learned becomes the model's codes and scales; nothing learns any more. `freeze` comes next."""
     settled: list[tuple[Learner, Twin]] = []
+    part(model, [twin for twin in twins_of(model) if twin.learner is not None])
     for twin in twins_of(model):
         learner, twin.learner, twin.lent = twin.learner, None, None
         if learner is None:
