@@ -1,6 +1,8 @@
 """Blocks of experts compute what transformers' own do with every expert's matrices rounded."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -155,14 +157,44 @@ def test_copies_casts_and_state_dicts(name: str) -> None:
     close_on_average(logits(model).float(), exact, 0.2)
 
 
-def test_a_block_is_itself_again_after_every_call() -> None:
-    """Nothing that stands in for a parameter stays in the module."""
+def test_stand_ins_are_no_part_of_what_is_saved_or_printed() -> None:
     model = model_named("mixtral")
     quantize(model, qint8)
-    logits(model)
     block = next(each for each in model.modules() if isinstance(each, QExperts))
-    assert not {"gate_up_proj", "down_proj"} & block.inner.__dict__.keys()
+    assert not any(name.startswith("inner.") for name in block.state_dict())
     assert "QExpert" in repr(model)
+
+
+def test_copies_of_a_block_have_experts_of_their_own() -> None:
+    model = model_named("mixtral")
+    quantize(model, qint8)
+    before = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), before)
+        with torch.no_grad():
+            for each in twins_of(other):
+                if isinstance(each, QExpert):
+                    each.weight.zero_()
+        assert not torch.equal(logits(other), before)
+        assert torch.equal(logits(model), before)
+
+
+def test_threads_call_one_model_at_the_same_time() -> None:
+    model = model_named("mixtral")
+    quantize(model, qint8)
+    freeze(model)
+    expected = logits(model)
+    block = next(each for each in model.modules() if isinstance(each, QExperts))
+    other = ThreadPoolExecutor(1)
+
+    def call(*_: object) -> None:  # another thread's whole call, in the middle of this one's
+        handle.remove()
+        assert torch.equal(other.submit(logits, model).result(), expected)
+
+    expert = next(each for each in block.modules() if isinstance(each, QExpert))
+    handle = expert.register_forward_pre_hook(call)
+    assert torch.equal(logits(model), expected)
+    other.shutdown()
 
 
 def test_weights_that_were_not_to_be_trained_stay_so() -> None:

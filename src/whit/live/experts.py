@@ -79,7 +79,7 @@ class _Stack:
 class QExperts(nn.Module):
     """A block of experts: the original's loop over matrices on a grid.
 
-    inner  the original without those parameters
+    inner  the original, with stacks of stand-ins in the place of those parameters
     stacks  name of a parameter -> its experts
     """
 
@@ -90,16 +90,12 @@ class QExperts(nn.Module):
         self.stacks = nn.ModuleDict()
         for name, grid in grids.items():
             stack = cast(Tensor, original._parameters.pop(name))
-            self.stacks[name] = nn.ModuleList(QExpert(each, grid, inputs, turned) for each in stack.unbind(0))
+            experts = nn.ModuleList(QExpert(each, grid, inputs, turned) for each in stack.unbind(0))
+            self.stacks[name] = experts
+            original.__dict__[name] = _Stack(experts)  # for good: calls in several threads read it at once
         self.inner = original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
-        for name, experts in self.stacks.items():
-            self.inner.__dict__[name] = _Stack(cast(nn.ModuleList, experts))
-        try:
-            plain = getattr(type(self.inner).forward, "__wrapped__", type(self.inner).forward)
-            return plain(self.inner, *args, **kwargs)
-        finally:
-            for name in self.stacks:
-                self.inner.__dict__.pop(name, None)
+        plain = getattr(type(self.inner).forward, "__wrapped__", type(self.inner).forward)
+        return plain(self.inner, *args, **kwargs)
