@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GptOssConfig, PreTrainedModel
+from transformers import GptOssConfig, Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from tiny import random_tokens, tiny_model
@@ -201,3 +201,52 @@ def test_weights_that_were_not_to_be_trained_stay_so() -> None:
     model = model_named("mixtral").requires_grad_(False)
     quantize(model, qint8)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+class Queries(nn.Module):
+    """A parameter of three dimensions that is no stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.act_fn, self.layer = nn.Parameter(torch.ones(1, 4, 64)), nn.GELU(), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act_fn(self.layer(x + self.query))
+
+
+class Convolution(nn.Conv1d):
+    """With an activation of its own."""
+
+    act_fn = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act_fn(super().forward(x))
+
+
+@pytest.mark.parametrize("module", [Queries(), Convolution(4, 4, 3)])
+def test_other_parameters_of_three_dimensions_are_left_in_float(module: nn.Module) -> None:
+    model, x = nn.Sequential(module), torch.randn(2, 4, 64)
+    report = quantize(model, qint8)
+    assert not any(isinstance(each, QExperts) for each in model.modules())
+    assert "no layer" in next(each.reason for each in report.left if each.name == "0")
+    assert torch.isfinite(model(x)).all()
+
+
+def test_experts_that_are_multiplied_all_at_once_are_left_in_float() -> None:
+    config = Llama4TextConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=1,
+        head_dim=16, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, moe_layers=[0],
+        attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(config).eval()
+    report = quantize(model, qint8)
+    assert next(each.reason for each in report.left if each.name.endswith("experts")).startswith("experts that are not")
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_a_block_without_a_mark_is_known_by_its_parameters() -> None:
+    """Such as those of Step 3.7: the loop is there, transformers says nothing of it."""
+    block = tiny_model("mixtral").model.layers[0].mlp.experts
+    del block.is_transposed
+    assert quantize(nn.Sequential(block), qint8).replaced[0].twin == "QExperts"

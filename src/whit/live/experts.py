@@ -10,6 +10,7 @@ The block's fused implementations, which want all experts as one tensor, are not
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import unwrap
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,21 @@ from torch.nn import functional
 from whit.grids.grid import Grid
 from whit.grids.named import grid_name
 from whit.live.twin import Twin, multiplied
+
+NAMES = {"gate_up_proj", "down_proj"}  # what transformers calls the parameters
+TOGETHER = {"bmm", "baddbmm", "einsum"}  # products with all experts at once
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module with three-dimensional parameters is a loop over experts, each with a matrix of every one.
+
+    transformers marks most of its blocks, and says which way their matrices lie. Others are known by the names of their
+    parameters, unless they multiply with all experts at once.
+    """
+    if hasattr(module, "is_transposed"):
+        return True
+    code = getattr(unwrap(type(module).forward), "__code__", None)
+    return module._parameters.keys() >= NAMES and code is not None and not TOGETHER & set(code.co_names)
 
 
 class QExpert(Twin):

@@ -24,7 +24,7 @@ from whit.allocator import return_memory
 from whit.errors import BadWeightsError, RecipeError
 from whit.grids.grid import Grid
 from whit.grids.named import grid_name
-from whit.live.experts import QExperts
+from whit.live.experts import NAMES, QExperts, has_experts
 from whit.live.feedback import Progress, feedback
 from whit.live.inputs import Inputs
 from whit.live.modules import QConv1D, QEmbedding, QLinear, quantize_outputs
@@ -302,8 +302,10 @@ def twin_of(
             chosen, note = fitted(grid, module.weight.shape[1])
             made = QEmbedding(module, chosen, factor)
             kind = None
-        elif stacks and (hasattr(module, "act_fn") or hasattr(module, "_apply_gate")):
+        elif stacks and has_experts(module):
             return _experts(name, module, stacks, grid, kind)
+        elif module._parameters.keys() >= NAMES:
+            return "experts that are not multiplied one by one"
         else:
             return (
                 "no layer that can be on a grid" if matrix is None else "a matrix of its own kind, such as a router's"
