@@ -257,6 +257,61 @@ def test_attention_that_reads_its_weights_itself_still_works() -> None:
         assert torch.isfinite(model(torch.randn(1, 5, 16))).all()
 
 
+def test_hooks_are_called_around_twins_until_their_handles_remove_them() -> None:
+    model, x, called = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64), list[str]()
+    quantized = copy.deepcopy(model)
+    quantize(quantized, qint8)
+    expected = quantized(2 * x).detach() + 1
+
+    def before(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Tensor]) -> tuple[tuple[Tensor], dict]:
+        called.append("before")
+        return (2 * args[0],), kwargs
+
+    def after(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
+        called.append("after")
+        return y + 1
+
+    handles = [
+        model[0].register_forward_pre_hook(before, with_kwargs=True),
+        model[0].register_forward_hook(after, with_kwargs=True),
+        model[0].register_forward_hook(lambda *_: called.append("always"), always_call=True),
+        model[0].register_full_backward_pre_hook(lambda *_: called.append("backward before")),
+        model[0].register_full_backward_hook(lambda *_: called.append("backward")),
+    ]
+    quantize(model, qint8)
+    found = model(x.clone().requires_grad_())
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert called == ["before", "after", "always", "backward before", "backward"]
+    with pytest.raises(RuntimeError):
+        model(x[:, :3])
+    assert called[-2:] == ["before", "always"]
+    for handle in handles:
+        handle.remove()
+    freeze(model)
+    close(model(2 * x) + 1, expected)
+    assert called[-2:] == ["before", "always"]
+
+
+def test_hooks_of_experts_are_kept() -> None:
+    model = tiny_model("mixtral", num_hidden_layers=1)
+    called = list[str]()
+    model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: called.append("experts"))
+    quantize(model, qint8)
+    logits(model)
+    assert called == ["experts"]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.LayerNorm(64)])
+def test_a_forward_that_was_put_there_by_hand_is_not_dropped(layer: nn.Module) -> None:
+    model, old, x = nn.Sequential(layer), layer.forward, torch.randn(2, 64)
+    layer.forward = lambda x: 3 * old(x)
+    expected = model(x)
+    report = quantize(model, qint8, qint8)
+    assert torch.equal(model(x), expected)
+    assert "own forward" in report.left[0].reason
+
+
 def test_the_model_itself_cannot_be_replaced_and_is_said_to_be_left() -> None:
     model = nn.Linear(8, 8)
     report = quantize(model, qint8)

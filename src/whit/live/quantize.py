@@ -45,6 +45,15 @@ Text = Batch | Sequence[Batch] | str | Sequence[str]
 METHODS = (*ROUNDINGS, *LEARNED)
 NEAREST = "nearest"
 KINDS = {"qint8": "int8", "qfloat8": "fp8"}  # types of activations
+HOOKS = (  # where torch keeps what is called around a module's forward and backward
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 FACTOR = "embed_scale"  # what transformers' scaled embeddings call their factor
 
 
@@ -271,6 +280,8 @@ def twin_of(
     name: str, module: nn.Module, grid: Grid | None, kind: str | None
 ) -> tuple[nn.Module | None, Replaced] | str:
     """A module's twin and what to report, or why there is none; no twin for a norm, which is changed in place."""
+    if "forward" in module.__dict__:
+        return "its own forward was put in the place of its class's: what it computes is not known"
     if _is_norm(module):
         if kind is None or getattr(module, "quantized", False):
             return "a norm: its few weights stay float"
@@ -347,10 +358,21 @@ def _matches(name: str, patterns: Patterns, absent: bool) -> bool:
 
 
 def swap(model: nn.Module, twins: Mapping[int, nn.Module]) -> None:
-    """Put twins where their originals are, wherever that is."""
+    """Put twins where their originals are, wherever that is, with the originals' hooks."""
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
             if child is not None and id(child) in twins:
                 twin = twins[id(child)]
                 twin.train(child.training)
+                _hand_over(child, twin)
                 parent._modules[key] = twin
+
+
+def _hand_over(original: nn.Module, twin: nn.Module) -> None:
+    """The original's hooks become the twin's, before its own, in the dictionaries that handles remove them from."""
+    for key in HOOKS:
+        hooks = getattr(original, key)
+        hooks.update(getattr(twin, key))
+        setattr(twin, key, hooks)
+    if original._is_full_backward_hook is not None:
+        twin._is_full_backward_hook = original._is_full_backward_hook
