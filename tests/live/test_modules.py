@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from whit.grids.grid import Grid
 from whit.live.modules import QConv1D, QEmbedding, QLinear, quantize_outputs
-from whit.live.quantize import freeze
+from whit.live.quantize import freeze, quantize
 from whit.live.types import BLOCKS, TYPES, fitted, qint4, qint8
 from whit.rounding.nearest import nearest
 
@@ -80,6 +80,20 @@ def test_an_embedding_is_exact(name: str, cols: int) -> None:
     assert torch.equal(twin(index), expected)
     assert torch.equal(frozen(twin)(index), expected)
     assert frozen(twin)(index[:0]).shape == (0, 3, cols)
+
+
+@torch.no_grad()
+def test_arguments_have_the_names_that_the_originals_give_them() -> None:
+    for original, given in (
+        (nn.Linear(8, 4), {"input": normal(2, 8)}),
+        (Conv1D(4, 8), {"x": normal(2, 8)}),
+        (nn.Embedding(8, 4), {"input": torch.arange(3)}),
+    ):
+        expected, model = original(**given), nn.Sequential(original)
+        quantize(model, qint8)
+        assert model[0](**given).shape == expected.shape
+        freeze(model)
+        assert model[0](**given).shape == expected.shape
 
 
 @torch.no_grad()

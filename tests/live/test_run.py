@@ -113,6 +113,13 @@ def test_hooks_tell_what_arrives_and_leaves_and_are_gone_afterwards() -> None:
     assert seen[1][1] is y
 
 
+def test_what_arrives_by_name_is_seen_too() -> None:
+    layer, x, seen = nn.Linear(4, 4), torch.randn(2, 4), []
+    with hooked({"a": layer}, lambda *it: seen.append(it)):
+        layer(input=x)
+    assert seen[0][1] is x
+
+
 def test_a_frozen_model_can_be_called_with_keywords_alone() -> None:
     model = tiny_model("llama")
     quantize(model, "qint8")

@@ -85,6 +85,12 @@ def test_a_model_is_the_same_frozen_saved_and_loaded(tmp_path: Path, name: str, 
     assert torch.equal(logits(copy.deepcopy(model)), after)
 
 
+def test_the_input_can_be_given_by_name() -> None:
+    model, x = layer(), inputs(0)
+    quantize(model, qint4, salient=0.02, calibration=[x])
+    assert torch.equal(model[0](input=x), model(x))
+
+
 def test_it_loses_less_than_without() -> None:
     losses = []
     for salient in (None, 0.25):

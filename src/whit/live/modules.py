@@ -34,9 +34,9 @@ class QLinear(Twin):
         super().__init__(original.weight, grid, inputs)
         self.in_features, self.out_features, self.bias = original.in_features, original.out_features, original.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        return multiplied(self, x, self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # torch's name, by which it may be given
+        """input [..., in] -> [..., out]."""
+        return multiplied(self, input, self.bias)
 
     def extra_repr(self) -> str:
         """As nn.Linear, and the grid."""
@@ -86,12 +86,12 @@ class QEmbedding(Twin):
     embed_scale: Tensor | None
     like: Tensor
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name, by which it may be given
         """Token ids [...] int64 -> [..., width]."""
         if self.frozen is None:
-            found = functional.embedding(index, self.seen(), self.padding_idx)
+            found = functional.embedding(input, self.seen(), self.padding_idx)
         else:
-            found = rows(self.frozen.packed, index, self.like.dtype)
+            found = rows(self.frozen.packed, input, self.like.dtype)
         return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
 
     def become(self, frozen: Frozen) -> None:

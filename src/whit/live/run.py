@@ -124,14 +124,14 @@ def hooked(
     handles = []
 
     def told(key: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any = None) -> None:
-            seen(key, out if outputs else args[0])
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any = None) -> None:
+            seen(key, out if outputs else next(iter((*args, *kwargs.values()))))
 
         return hook
 
     for key, module in modules.items():
         register = module.register_forward_hook if outputs else module.register_forward_pre_hook
-        handles.append(register(told(key)))
+        handles.append(register(told(key), with_kwargs=True))
     try:
         yield
     finally:

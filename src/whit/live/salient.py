@@ -56,9 +56,10 @@ class Beside(nn.Module):
         """The layer's."""
         return self.rest.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        y = self.rest(x)
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], by whatever name the layer knows its input."""
+        y = self.rest(*given, **named)
+        (x,) = *given, *named.values()
         return y + functional.linear(x.index_select(-1, self.columns), self.side.to(x.dtype)).to(y.dtype)
 
     def check(self) -> None:
