@@ -340,6 +340,15 @@ def test_the_weight_of_a_frozen_twin_is_what_its_codes_stand_for() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_who_reads_the_weight_of_a_frozen_twin_finds_it_cast_like_all_others(dtype: torch.dtype) -> None:
+    twin = linear(qint4)
+    expected = frozen(twin).weight.to(dtype)
+    for each in (frozen(twin).to(dtype), copy.deepcopy(frozen(twin).to(dtype)), frozen(twin.to(dtype))):
+        assert each.weight.dtype == dtype
+    assert torch.equal(frozen(linear(qint4)).to(dtype).weight, expected)
+
+
 def test_a_copy_is_trained_alone() -> None:
     twin = linear(qint4)
     with torch.no_grad():

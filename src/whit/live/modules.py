@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,7 +18,6 @@ from whit.grids.grid import Grid
 from whit.grids.named import grid_name
 from whit.kernels.matmul import rows
 from whit.live.inputs import Inputs
-from whit.live.stored import Frozen
 from whit.live.twin import Twin, multiplied
 
 
@@ -83,8 +81,8 @@ class QEmbedding(Twin):
         self.padding_idx = original.padding_idx
         self.register_buffer("embed_scale", factor, persistent=False)
 
+    told = True
     embed_scale: Tensor | None
-    like: Tensor
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name, by which it may be given
         """Token ids [...] int64 -> [..., width]."""
@@ -93,18 +91,6 @@ class QEmbedding(Twin):
         else:
             found = rows(self.frozen.packed, input, self.like.dtype)
         return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
-
-    def become(self, frozen: Frozen) -> None:
-        """Only these codes are left, and a tensor of no elements, cast and stored as the weights would have been."""
-        parameter = self._parameters["weight"]
-        assert parameter is not None  # only before freezing
-        self.register_buffer("like", torch.empty(0, dtype=parameter.dtype))
-        super().become(frozen)
-
-    def thaw(self, parameter: nn.Parameter) -> None:
-        """A parameter again."""
-        super().thaw(parameter)
-        del self._buffers["like"]
 
     def extra_repr(self) -> str:
         """As nn.Embedding, and the grid."""

@@ -122,6 +122,9 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
         raise BrokenFileError(f"{folder}: {MAP} and the tensors do not describe this model ({error}).") from None
     check_buffers(model)
     _tie(model, content["tied"])
+    like = dtype or next((each.dtype for each in model.parameters()), torch.float32)
+    for twin in (each for each in model.modules() if isinstance(each, Twin) and not each.told):
+        twin.like = twin.like.to(like)  # of the others the file says it
     settle(model)
     return model.eval()
 

@@ -70,6 +70,7 @@ class Twin(nn.Module):
     grid    of the matrix
     inputs  how what arrives is quantized, None for not at all
     frozen  the codes, None before
+    like    with them, a tensor of no elements, cast as the weights would have been
     active  whether the matrix is seen rounded
     learner  what is trained in the place of the parameter, None for the parameter itself
     lent    a decoded matrix that is multiplied with, whatever else is there, while a training loop says so
@@ -79,6 +80,8 @@ class Twin(nn.Module):
     turned = False  # whether the parameter is [in, out]
     # What transformers, when it saves a model, need write under one name only: tied twins have these in common.
     _tied_weights_keys = dict.fromkeys(("learner", "fixed", "frozen"), "")
+    told = False  # whether state_dicts hold `like`, because it decides what is returned
+    like: Tensor
 
     def __init__(self, weight: Tensor, grid: Grid, inputs: str | None) -> None:
         """weight  the original's own parameter, shared with whatever it is tied to."""
@@ -95,11 +98,11 @@ class Twin(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """As the original has it: the parameter, or what the codes stand for, in float32."""
+        """As the original has it: the parameter, or what the codes stand for, in the dtype that it would have now."""
         parameter = self._parameters.get("weight")
         if parameter is not None:
             return parameter
-        W = dequantize(cast(Frozen, self.frozen).packed, torch.float32)
+        W = dequantize(cast(Frozen, self.frozen).packed, self.like.dtype)
         return W.T if self.turned else W
 
     @property
@@ -209,11 +212,14 @@ class Twin(nn.Module):
     def thaw(self, parameter: nn.Parameter) -> None:
         """A parameter in the place of the codes, which have been taken out before: [rows, cols], or turned."""
         self.frozen, self.fixed = None, None
+        del self.like
         self._parameters["weight"] = parameter
 
     def become(self, frozen: Frozen) -> None:
         """Only these codes are left."""
-        self._parameters.pop("weight", None)
+        parameter = self._parameters.pop("weight")
+        assert parameter is not None  # only before freezing
+        self.register_buffer("like", torch.empty(0, dtype=parameter.dtype), persistent=self.told)
         self.frozen, self.fixed, self._seen, self._chosen = frozen, None, None, None
         self.learner, self.lent = None, None
 
