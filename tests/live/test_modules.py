@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from whit.grids.grid import Grid
+from whit.live.calibrate import calibrate
 from whit.live.modules import QConv1D, QEmbedding, QLinear, quantize_outputs
 from whit.live.quantize import freeze, quantize
 from whit.live.types import BLOCKS, TYPES, fitted, qint4, qint8
@@ -165,6 +167,24 @@ def test_a_norm_keeps_its_parameters_and_rounds_what_it_returns(norm: nn.Module)
     assert isinstance(twin, type(norm))
     assert list(dict(twin.named_parameters())) == list(dict(original.named_parameters()))
     close(copy.deepcopy(twin)(x), twin(x))
+
+
+@pytest.mark.parametrize("kind", [None, "qint8"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torchs_own_encoder_is_seen_rounded_without_gradients_too(kind: str | None) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2).eval()
+    x, pad = normal(2, 7, 64), torch.arange(7).expand(2, 7) > torch.tensor([[6], [4]])
+    quantize(model, "qint2", kind)
+    expected = model(x, src_key_padding_mask=pad)
+    with torch.no_grad():
+        close(model(x, src_key_padding_mask=pad), expected)
+        freeze(model)
+        close(model(x, src_key_padding_mask=pad), expected)
+        assert copy.deepcopy(model).bfloat16()(x.bfloat16(), src_key_padding_mask=pad).dtype == torch.bfloat16
+        with calibrate(model) if kind else nullcontext():
+            model(x)
+    assert all(each.inputs.static for each in model.modules() if isinstance(each, QLinear) and kind)
 
 
 def test_printed_forms_read_like_the_originals() -> None:

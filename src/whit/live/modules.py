@@ -97,6 +97,22 @@ class QEmbedding(Twin):
         return f"{self.num_embeddings}, {self.embedding_dim}, weights={grid_name(self.grid)}"
 
 
+def run_as_written(model: nn.Module) -> None:
+    """Let torch's encoder layers call their parts, in place: their fast path reads all weights itself, as floats.
+
+    Whether it may be taken is decided by what torch has noted of the layer's activation. Encoders hand it what is
+    padded as nested tensors, which nothing else takes.
+    """
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+            continue
+        if any(isinstance(each, Twin) or getattr(each, "quantized", False) is True for each in module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0
+
+
 def quantize_outputs(norm: nn.Module, kind: str) -> None:
     """Let a norm round what it returns, in place: its parameters and their names stay.
 

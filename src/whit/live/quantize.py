@@ -27,7 +27,7 @@ from whit.grids.named import grid_name
 from whit.live.experts import NAMES, QExperts, has_experts
 from whit.live.feedback import Progress, feedback
 from whit.live.inputs import Inputs
-from whit.live.modules import QConv1D, QEmbedding, QLinear, quantize_outputs
+from whit.live.modules import QConv1D, QEmbedding, QLinear, quantize_outputs, run_as_written
 from whit.live.report import Left, Replaced, Report
 from whit.live.run import Batch, Call, calls_of
 from whit.live.salient import Beside, check_salient, split, squares_of
@@ -366,6 +366,7 @@ def swap(model: nn.Module, twins: Mapping[int, nn.Module]) -> None:
                 twin.train(child.training)
                 _hand_over(child, twin)
                 parent._modules[key] = twin
+    run_as_written(model)
 
 
 def _hand_over(original: nn.Module, twin: nn.Module) -> None:
