@@ -594,13 +594,30 @@ def test_inputs_of_any_shape(activations: str | None) -> None:
         assert model(x[:0]).shape == (0, 32)
 
 
-def test_weights_beyond_the_range_of_a_grid_are_bad_weights() -> None:
-    model = nn.Sequential(nn.Linear(64, 32))
+@pytest.mark.parametrize(("scale", "reason"), [(1e8, "does not fit float"), (1e-9, "all zeros")])
+@pytest.mark.parametrize("weights", ["qint4", "nf4", "kmeans4", "q4_0", "nvfp4"])
+def test_weights_that_a_grid_cannot_hold_stay_in_float(weights: str, scale: float, reason: str) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64), nn.Linear(64, 64)), torch.randn(2, 64)
     with torch.no_grad():
-        model[0].weight.mul_(1e8)
+        model[0].weight.mul_(scale)
+    before = model[0](x)
+    report = quantize(model, weights)
+    assert [each.name for each in report.replaced] == ["1", "2"]
+    assert reason in report.left[0].reason
+    assert torch.equal(model[0](x), before)
+    freeze(model)
+    assert torch.isfinite(model(x)).all()
+
+
+@pytest.mark.parametrize("bad", [1e8, float("nan")])
+def test_a_matrix_that_cannot_be_frozen_leaves_the_whole_model_as_it_is(bad: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     quantize(model, qint4)
-    with pytest.raises(BadWeightsError, match="float16"):
+    with torch.no_grad():
+        model[1].weight.mul_(bad)
+    with pytest.raises(BadWeightsError, match="^1: "):
         freeze(model)
+    assert all(each.frozen is None for each in twins_of(model))
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -17,12 +17,14 @@ from whit.live.types import (
     kmeans3,
     mxfp4,
     nf4,
+    out_of_reach,
     qfloat8,
     qfloat8_e5m2,
     qint4,
     qint8,
     type_named,
 )
+from whit.rounding.nearest import nearest
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -118,3 +120,21 @@ def test_floats_are_live_types_by_every_method_and_come_back_from_a_folder(
     torch.testing.assert_close(codes, seen, rtol=1e-3, atol=1e-3)
     assert torch.equal(again, codes)
     assert 0 < (codes - original).norm() < 0.9 * original.norm()
+
+
+@pytest.mark.parametrize("name", [*TYPES, "q4_0", "q4_k", "iq4_nl", "int4-g64", "kmeans3+2%"])
+def test_only_weights_without_a_scale_are_out_of_reach(name: str) -> None:
+    grid = type_named(name)
+    for size in (0.0, 1e-3, 0.02, 5.0):
+        W = size * torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+        assert out_of_reach(grid, W) == ""
+        assert out_of_reach(grid, W.bfloat16()) == ""
+    for size in (1e-9, 1e7):
+        W = size * torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+        try:
+            held = nearest(W, grid).dequantize().any()
+        except OverflowError:
+            held = False
+        assert bool(out_of_reach(grid, W)) != bool(held)
+    assert out_of_reach(grid, torch.empty(4, 4, device="meta")) == ""
+    assert out_of_reach(grid, torch.empty(0, 4)) == ""

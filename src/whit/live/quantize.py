@@ -33,7 +33,7 @@ from whit.live.run import Batch, Call, calls_of
 from whit.live.salient import Beside, check_salient, split, squares_of
 from whit.live.stored import Frozen, Stored, settle
 from whit.live.twin import Ties, Twin, part
-from whit.live.types import fitted, type_named
+from whit.live.types import fitted, out_of_reach, type_named
 from whit.pipeline.effort import PRESETS
 from whit.recipes.quantizers import quantizer_named
 from whit.rounding.methods import METHODS as LEARNED
@@ -126,7 +126,7 @@ def quantize(
         if module is model and not _is_norm(module):
             twin: tuple[nn.Module | None, Replaced] | str = "the model itself: nothing holds it, so nothing replaces it"
         else:
-            twin = twin_of(name, module, grid, kind) if chosen(name) else "excluded"
+            twin = (_sizes(module, grid) or twin_of(name, module, grid, kind)) if chosen(name) else "excluded"
         if isinstance(twin, str):
             own = sum(each.numel() for each in module.parameters(recurse=False))
             if own:
@@ -173,15 +173,20 @@ def freeze(model: nn.Module) -> Memory:
     """Keep codes instead of float weights, everywhere in the model, in place.
 
     Gradients do not reach frozen matrices. Returns the bytes before and after.
+    Raises BadWeightsError, before anything is changed, for NaN, infinities and weights beyond their grid's range.
     """
     before = n_bytes(model)
+    loose = {name: each for name, each in model.named_modules() if isinstance(each, Twin) and each.frozen is None}
+    for name, twin in loose.items():
+        _check(name, twin.matrix)
+        try:
+            if out_of_reach(twin.grid, twin.matrix):
+                twin.quantized()  # which knows for certain
+        except BadWeightsError as error:
+            raise BadWeightsError(f"{name}: {error}") from None
     ties = Ties()
-    for name, twin in model.named_modules():
-        if isinstance(twin, Twin) and twin.frozen is None:
-            try:
-                ties.freeze(twin, lambda twin=twin: Frozen.of(twin.quantized()))  # type: ignore[misc]
-            except BadWeightsError as error:
-                raise BadWeightsError(f"{name}: {error}") from None
+    for twin in loose.values():
+        ties.freeze(twin, lambda twin=twin: Frozen.of(twin.quantized()))  # type: ignore[misc]
     del ties
     settle(model)
     return_memory()
@@ -325,6 +330,12 @@ def twin_of(
         return str(error)
     n = matrix.numel() if matrix is not None else 0
     return made, Replaced(name, type(made).__name__, grid_name(chosen), kind or "", n, note)
+
+
+def _sizes(module: nn.Module, grid: Grid | None) -> str:
+    """Why a module's matrices are too large or too small for a grid; empty when they are not."""
+    own = [each for each in module._parameters.values() if each is not None and each.dim() in (2, 3)]
+    return "" if grid is None else next(filter(None, (out_of_reach(grid, each) for each in own)), "")
 
 
 def _experts(

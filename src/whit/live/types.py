@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from whit.errors import RecipeError
 from whit.grids.codebook import Codebook
@@ -17,6 +18,7 @@ from whit.grids.grid import Grid
 from whit.grids.named import GRIDS, grid_named
 from whit.grids.scaled import PerChannel, PerGroup, Scaled
 from whit.recipes.quantizers import quantizer_named
+from whit.rounding.nearest import nearest
 
 qint8 = grid_named("int8:f32")
 qint4 = grid_named("int4-g64-asym")
@@ -94,3 +96,23 @@ def fitted(grid: Grid, cols: int) -> tuple[Grid, str]:
         one = "table" if isinstance(grid, Codebook) else "scale"
         return replace(grid, scheme=PerChannel()), f"one {one} per row: no group divides {cols} weights"
     return replace(grid, scheme=PerGroup(size)), f"groups of {size}: {asked} do not divide {cols} weights"
+
+
+def out_of_reach(grid: Grid, W: Tensor) -> str:
+    """Why weights of this size cannot be on a grid, whose scales have few bits; empty when they can.
+
+    W  of any shape; only its largest value is looked at, in groups that span both signs. No scale is larger for others
+    """
+    if W.is_meta or not W.numel():
+        return ""
+    largest = max(abs(float(each)) for each in torch.aminmax(W.detach()))
+    if not largest:
+        return ""
+    cols = 256 if 256 % grid.spans(256)[0] == 0 else 4 * grid.spans(256)[0]
+    widest = torch.full((1, cols), largest)
+    widest[:, ::2] *= -1
+    try:
+        seen = nearest(widest, grid).dequantize()
+    except OverflowError as error:
+        return f"weights as large as {largest:.3g} leave the grid's range: {error}"
+    return "" if seen.any() else f"weights no larger than {largest:.3g} are all zeros on this grid"
