@@ -193,3 +193,12 @@ def test_a_float_model_is_refused(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     with pytest.raises(ModelError, match="quantize"):
         trained(load_module(open_model(tmp_path / "model")), tmp_path / "out", 1)
+
+
+def test_scales_that_were_chosen_before_are_saved_in_checkpoints(tmp_path: Path) -> None:
+    """transformers refuses files in which two names share a tensor."""
+    save_tiny("llama", tmp_path / "model")
+    model = load_module(open_model(tmp_path / "model"))
+    quantize(model, weights=qint4, method="search")
+    trained(model, tmp_path / "out", 10)
+    assert (tmp_path / "out" / "checkpoint-10").is_dir()

@@ -10,6 +10,7 @@ Matrices that the model has in float stay as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,9 @@ def learn(
             chosen = twin.frozen is not None or twin.fixed is not None
             original = None if chosen else twin.matrix.detach().float()
             free = train != SCALES and not codes_later
-            made[key] = Learner(twin.quantized(), free, True, original, rank if train == LORA else None, seed)
+            start = twin.quantized()  # its scales are the twin's own where those are fixed: files want each tensor once
+            start = replace(start, params={name: value.clone() for name, value in start.params.items()})
+            made[key] = Learner(start, free, True, original, rank if train == LORA else None, seed)
         if twin.frozen is not None:
             if id(home) not in thawed:
                 thawed[id(home)] = nn.Parameter(twin.weight.contiguous(), requires_grad=False)
