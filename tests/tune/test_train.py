@@ -131,3 +131,19 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     learn(model)
     with pytest.raises(ModelError, match="already"):
         train(model, WINDOWS, teacher)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_wanted_gradients_wants_them_again_afterwards(frozen: bool, tmp_path: Path) -> None:
+    """Any other training can go on; what somebody keeps still stays still."""
+    model, teacher = pair("llama-tied-biased", tmp_path)
+    model.requires_grad_(True)
+    model.get_parameter("model.norm.weight").requires_grad_(False)
+    quantize(model, weights=qint4)
+    if frozen:
+        freeze(model)
+    train(model, WINDOWS[:8], teacher, tuning=Tuning(steps=2, block_steps=2))
+    assert {name for name, each in model.named_parameters() if not each.requires_grad} == {"model.norm.weight"}
+    ids = WINDOWS[:1]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(each.grad is not None for each in model.parameters() if each.requires_grad)

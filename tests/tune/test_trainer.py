@@ -202,3 +202,14 @@ def test_scales_that_were_chosen_before_are_saved_in_checkpoints(tmp_path: Path)
     quantize(model, weights=qint4, method="search")
     trained(model, tmp_path / "out", 10)
     assert (tmp_path / "out" / "checkpoint-10").is_dir()
+
+
+def test_a_second_training_takes_another_trainer(tmp_path: Path) -> None:
+    """The first one's optimizer holds what has been settled; a new Trainer finds the model as the first one did."""
+    model = model_of(tmp_path / "model")
+    first = trained(model, tmp_path / "out", 2)
+    with pytest.raises(ModelError, match="new Trainer"):
+        first.train()
+    before = codes(model)
+    trained(model, tmp_path / "more", 20)
+    assert any(not torch.equal(a, b) for a, b in zip(before, codes(model), strict=True))

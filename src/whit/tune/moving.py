@@ -27,6 +27,7 @@ KINDS = (SCALES, LORA, FULL)
 RANK = 16
 Own = Sequence[tuple[Learner, list[Twin]]]  # learners, and the twins that multiply with each
 Lent = Sequence[tuple[QuantizedTensor, Tensor]]  # what a learner has come to, and its decoded matrix
+WANTED = "wanted_before_learning"  # attribute of a model that learns: name of a parameter -> its requires_grad
 
 
 def learn(
@@ -37,7 +38,7 @@ def learn(
     train  one of KINDS
     rank   of the offsets, for "lora"
     codes_later  codes move only once `Learner.free` is called, as where blocks take turns
-    Everything that does not move has requires_grad off afterwards. Returns what learns, tied matrices once.
+    Everything that does not move has requires_grad off until `settle`. Returns what learns, tied matrices once.
     Raises RecipeError for another kind, ModelError when nothing is quantized or something learns already.
     """
     if train not in KINDS:
@@ -47,6 +48,7 @@ def learn(
         raise ModelError("Nothing in this model is quantized: quantize(model, ...) first.")
     if any(each.learner is not None for each in twins):
         raise ModelError("This model learns already: settle(model) first.")
+    model.__dict__[WANTED] = {name: each.requires_grad for name, each in model.named_parameters()}
     model.requires_grad_(False)
     made: dict[tuple[int, Grid], Learner] = {}
     thawed: dict[int, nn.Parameter] = {}
@@ -71,7 +73,10 @@ def learn(
 
 
 def settle(model: nn.Module) -> None:
-    """What has been learned becomes the model's codes and scales; nothing learns any more. `freeze` comes next."""
+    """What has been learned becomes the model's codes and scales; nothing learns any more.
+
+    Parameters want gradients as they did before `learn`; matrices that were frozen then are parameters like any other.
+    """
     settled: list[tuple[Learner, Twin]] = []
     part(model, [twin for twin in twins_of(model) if twin.learner is not None])
     for twin in twins_of(model):
@@ -84,7 +89,10 @@ def settle(model: nn.Module) -> None:
             settled.append((learner, twin))
         else:
             twin.fix_as(first)
-    model.requires_grad_(False)
+    wanted = model.__dict__.pop(WANTED, None)
+    if wanted is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted.get(name, True))
 
 
 def vectors_of(model: nn.Module) -> Mapping[str, nn.Parameter]:

@@ -61,8 +61,17 @@ class QuantizedTraining(TrainerCallback):
             learn(model, self._train, self._rank)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        """From now on the model's loss is the divergence from the teacher."""
+        """From now on the model's loss is the divergence from the teacher.
+
+        Raises ModelError when nothing learns any more: the Trainer's optimizer, which is made before this, would move
+        what the model no longer has.
+        """
         self._let_go()
+        if model is not None and not any(each.learner is not None for each in twins_of(model)):
+            raise ModelError(
+                "This model's training is over: its codes and scales are settled. Make a new Trainer, with a new "
+                "QuantizedTraining, to train it further."
+            )
         if model is not None and self._teacher is not None:
             teacher = self._teacher.to(args.device).eval()
             self._hook = model.register_forward_hook(_Follow(teacher, self._share, _cast(args)), with_kwargs=True)
