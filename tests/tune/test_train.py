@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tiny import random_tokens, save_tiny
+from tiny import random_tokens, save_tiny, tiny_model
 from whit.errors import ModelError, RecipeError, TextError
 from whit.live.quantize import freeze, quantize, twins_of
 from whit.live.types import qint2, qint4
@@ -128,9 +130,35 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         train(model, WINDOWS[:3], teacher)
     with pytest.raises(RecipeError, match="at least one step"):
         Tuning(steps=0)
+    with pytest.raises(TextError, match="2 tokens"):
+        train(model, WINDOWS[:, :1])
+    with pytest.raises(TextError, match="found torch.float32"):
+        train(model, WINDOWS.float())
+    with pytest.raises(TextError, match="found a list"):
+        train(model, WINDOWS.tolist())  # type: ignore[arg-type]
+    with pytest.raises(TextError, match="32 tokens.*12"):
+        train(model, WINDOWS, teacher, held_out=WINDOWS[:4, :12])
+    with pytest.raises(ModelError, match="itself"):
+        train(model, WINDOWS, model)
+    with pytest.raises(ModelError, match="300.*256.*same vocabulary"):
+        train(model, WINDOWS, tiny_model("llama", vocab_size=300))
+    with pytest.raises(ModelError, match="float64"):
+        train(copy.deepcopy(model).double(), WINDOWS)
     learn(model)
     with pytest.raises(ModelError, match="already"):
         train(model, WINDOWS, teacher)
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_sixteen_bits(dtype: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With units for bfloat16 and without."""
+    monkeypatch.setattr("whit.tune.halves.has_bfloat16", lambda: units)
+    for own in (torch.float32, dtype):
+        model, teacher = tiny_model("llama").to(own), tiny_model("llama").to(dtype)
+        quantize(model, weights=qint2)
+        found = train(model, WINDOWS[:24], teacher, tuning=replace(QUICK, block_steps=10))
+        assert 0 < found.after < found.before
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -56,8 +56,9 @@ class Blocks:
             states_of(model if own else teacher, each, [call]).calls[0].arguments
             for own, each in ((True, self._chain), (False, theirs))
         ]
+        # Hidden states are kept in float32, whatever the models are in.
         self._reached, self._original = (
-            [states_of(_body(whole), chain, [Call((each[None],), {})]).calls[0].hidden for each in ids]
+            [states_of(_body(whole), chain, [Call((each[None],), {})]).calls[0].hidden.float() for each in ids]
             for whole, chain in ((model, self._chain), (teacher, theirs))
         )
 
@@ -123,7 +124,7 @@ class Blocks:
 
     def finished(self, window: int, call: Callable[[], Tensor]) -> Tensor:
         """What a call of the original comes to for a window, once all its blocks have been gone through."""
-        return finished(self._theirs, self._original[window], call)
+        return finished(self._theirs, self._fitting(self._original[window]), call)
 
     def _gradients(self, block: nn.Module, index: int, own: Own, chosen: list[int], weights: list[Tensor]) -> None:
         """Those of the loss of some windows, up to a factor that Adam does not see."""
@@ -162,7 +163,14 @@ class Blocks:
 
     def _called(self, block: nn.Module, whose: int, index: int, hidden: Tensor) -> Tensor:
         with torch.no_grad(), fast(self._ids.device):
-            return called(block, self._arguments[whose][index], hidden).float()
+            given = self._fitting(hidden) if whose else hidden  # matrices are lent to the model's own in float32
+            return called(block, self._arguments[whose][index], given).float()
+
+    def _fitting(self, hidden: Tensor) -> Tensor:
+        """In the dtype of the original's matrices, where nothing else casts what they multiply."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            return hidden
+        return hidden.to(next(each.dtype for each in self._theirs.parameters()))
 
 
 def _body(model: nn.Module) -> nn.Module:
