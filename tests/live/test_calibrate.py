@@ -204,3 +204,18 @@ def test_norms_that_no_quantized_layer_reads_are_left_alone() -> None:
     unread = {name for name, how in result.scales.items() if how.startswith("no quantized layer")}
     assert unread == {f"model.layers.{k}.self_attn.{which}_norm.outputs" for k in range(2) for which in "qk"}
     assert not any(model.get_submodule(name).static for name in unread)
+
+
+def test_trials_are_made_with_nothing_dropped() -> None:
+    """Which norms can take factors, and which scales are best, is compared on predictions."""
+    found = []
+    for training in (False, True):
+        model = prepared("gpt2").train(training)
+        with calibrate(model, "auto", smooth=True) as result:
+            model.eval()
+            run(model)
+            model.train(training)
+        found.append((result.smoothed, result.scales, result.divergence))
+        assert model.training == training
+    assert found[0][0] > 0
+    assert found[0] == found[1]

@@ -240,3 +240,16 @@ def test_later_blocks_see_what_rounded_ones_make_of_the_text() -> None:
     H = moments(model)["model.layers.1.mlp.down_proj"]
     plain = nearest(W.detach(), found.grid).dequantize()
     assert damage(found.seen().detach() - W, H) < damage(plain - W, H)
+
+
+def test_nothing_is_dropped_while_text_is_looked_at() -> None:
+    """A model that is training gives what it gives in evaluation, rescaled columns and all, and goes on training."""
+    found = []
+    for training in (False, True):
+        model = tiny_model("gpt2").train(training)
+        assert model.config.resid_pdrop > 0
+        quantize(model, "qint4", method="feedback", calibration=TEXT[:2])
+        found.append(model.state_dict())
+        assert all(each.training == training for each in model.modules() if isinstance(each, nn.Dropout))
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+    assert not torch.equal(found[0]["transformer.h.0.ln_1.weight"], tiny_model("gpt2").transformer.h[0].ln_1.weight)

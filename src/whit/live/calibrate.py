@@ -22,7 +22,7 @@ from torch import nn
 from whit.calibration.ranges import RANGES, Histogram, coarseness
 from whit.errors import RecipeError
 from whit.live.inputs import Inputs
-from whit.live.run import Call, divergence, log_probabilities, recorded
+from whit.live.run import Call, divergence, log_probabilities, recorded, steady
 from whit.live.smooth import smooth as smoothed
 
 AUTO = "auto"
@@ -70,9 +70,9 @@ def calibrate(model: nn.Module, method: str = "minmax", smooth: bool = False) ->
         if not calls and (smooth or method == AUTO):
             raise RecipeError("The model was not called while it was calibrated: nothing can be tried on its inputs.")
         if smooth:
-            result.smoothed = smoothed(model, calls)
-            observe(inputs.values(), True)
-            with torch.no_grad():
+            with torch.no_grad(), steady(model):
+                result.smoothed = smoothed(model, calls)
+                observe(inputs.values(), True)
                 for call in calls:
                     call(model)
         histograms = {name: each.observer for name, each in inputs.items() if each.observer is not None}
@@ -80,7 +80,8 @@ def calibrate(model: nn.Module, method: str = "minmax", smooth: bool = False) ->
         observe(inputs.values(), False)
     result.scales |= dict.fromkeys(drop_unread(inputs, histograms), UNREAD)
     if method == AUTO:
-        _choose(model, inputs, histograms, calls[:JUDGED], result)
+        with steady(model):
+            _choose(model, inputs, histograms, calls[:JUDGED], result)
         return
     for name, each in inputs.items():
         each.fix(RANGES[method](histograms[name], 8))

@@ -28,7 +28,7 @@ from whit.live.experts import QExpert
 from whit.live.fisher import fisher
 from whit.live.fold import Pair, fold, pairs_of
 from whit.live.modules import QEmbedding
-from whit.live.run import Call, hooked, unrounded
+from whit.live.run import Call, hooked, steady, unrounded
 from whit.live.twin import Twin
 from whit.parallel import spread
 from whit.products import coarse_products
@@ -56,6 +56,18 @@ def feedback(
     calls   the calibration text
     method  one of rounding/methods.py
     """
+    with steady(model):
+        _feedback(model, twins, calls, effort, progress, method)
+
+
+def _feedback(
+    model: nn.Module,
+    twins: Mapping[str, Twin],
+    calls: Sequence[Call],
+    effort: Effort,
+    progress: Progress | None,
+    method: str,
+) -> None:
     tell = progress or (lambda done, total, what: None)
     pairs = pairs_of(model, calls[0]) if effort.rescale and method in FLOORS else []
     chain = chain_of(model, calls[0])
