@@ -253,3 +253,16 @@ def test_nothing_is_dropped_while_text_is_looked_at() -> None:
         assert all(each.training == training for each in model.modules() if isinstance(each, nn.Dropout))
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
     assert not torch.equal(found[0]["transformer.h.0.ln_1.weight"], tiny_model("gpt2").transformer.h[0].ln_1.weight)
+
+
+def test_padding_is_not_counted() -> None:
+    """Whatever tokens it is made of, what is chosen is the same."""
+    mask = torch.ones_like(TEXT[:2])
+    mask[0, 20:] = 0
+    found = []
+    for padding in (0, 7):
+        model = tiny_model("llama")
+        ids = TEXT[:2].where(mask > 0, padding)
+        quantize(model, "qint4", method="feedback", calibration=[{"input_ids": ids, "attention_mask": mask}])
+        found.append([each.quantized().codes for each in twins_of(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

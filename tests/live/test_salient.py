@@ -14,7 +14,8 @@ from tiny import random_tokens, tiny_model
 from whit.errors import RecipeError
 from whit.live.calibrate import calibrate
 from whit.live.quantize import freeze, n_bytes, quantize
-from whit.live.salient import Beside
+from whit.live.run import calls_of
+from whit.live.salient import Beside, squares_of
 from whit.live.save import load, save
 from whit.live.types import qint4
 
@@ -166,3 +167,14 @@ def test_what_cannot_be_done_is_refused_before_anything_changes(options: dict[st
     with pytest.raises(RecipeError, match=message):
         quantize(model, **options)  # type: ignore[arg-type]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_padding_is_not_counted() -> None:
+    mask = torch.ones_like(TEXT)
+    mask[:, 6:] = 0
+    found = []
+    for padding in (0, 7):
+        model, ids = tiny_model("llama"), TEXT.where(mask > 0, padding)
+        layers = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+        found.append(squares_of(model, layers, calls_of({"input_ids": ids, "attention_mask": mask})))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

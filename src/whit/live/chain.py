@@ -49,11 +49,10 @@ class States:
     blocks: list[nn.Module]
     calls: list[State]
 
-    def run(self, block: nn.Module) -> None:
-        """Let a block see all calls; nothing is kept of what it returns."""
-        index = self._number(block)
-        for state in self.calls:
-            called(block, state.arguments[index], state.hidden)
+    def run(self, block: nn.Module, n: int) -> None:
+        """Let a block see call number n; nothing is kept of what it returns."""
+        state = self.calls[n]
+        called(block, state.arguments[self._number(block)], state.hidden)
 
     def advance(self, block: nn.Module) -> None:
         """What a block returns is what the next one is given."""

@@ -28,7 +28,7 @@ from whit.live.experts import QExpert
 from whit.live.fisher import fisher
 from whit.live.fold import Pair, fold, pairs_of
 from whit.live.modules import QEmbedding
-from whit.live.run import Call, hooked, steady, unrounded
+from whit.live.run import Call, hooked, positions, steady, unrounded
 from whit.live.twin import Twin
 from whit.parallel import spread
 from whit.products import coarse_products
@@ -53,7 +53,7 @@ def feedback(
     """Round the given unfrozen twins of `model` and fix their codes.
 
     twins   by name
-    calls   the calibration text
+    calls   the calibration text; padding (an attention_mask of 0) is not counted
     method  one of rounding/methods.py
     """
     with steady(model):
@@ -75,6 +75,7 @@ def _feedback(
     inside = [{name: each for name, each in twins.items() if _within(block, each)} for block in blocks]
     rest = {name: each for name, each in twins.items() if not any(name in one for one in inside)}
     total = len(blocks) + 1
+    counted = [call.counted for call in calls]
     known: dict[str, Tensor] = {}
     if method in FISHER:
         asking = {name: each for one in inside for name, each in one.items()} if blocks else rest
@@ -87,36 +88,40 @@ def _feedback(
             for k, (block, own) in enumerate(zip(blocks, inside, strict=True)):
                 tell(k, total, f"block {k}")
                 there = [pair for pair in pairs if _within(block, pair.norm)]
-                _round(own, there, partial(states.run, block), effort, method, known)
+                _round(own, there, partial(states.run, block), counted, effort, method, known)
                 states.advance(block)
             states.calls.clear()
         tell(total - 1, total, "head")
 
-        def everything() -> None:
-            for call in calls:
-                call(model)
+        def everything(n: int) -> None:
+            calls[n](model)
 
         outside = [pair for pair in pairs if not any(_within(block, pair.norm) for block in blocks)]
-        _round(rest, outside, everything, effort, method, known)
+        _round(rest, outside, everything, counted, effort, method, known)
     tell(total, total, "done")
 
 
 def _round(
     own: Mapping[str, Twin],
     pairs: Sequence[Pair],
-    run: Callable[[], None],
+    run: Callable[[int], None],
+    counted: Sequence[Tensor | None],
     effort: Effort,
     method: str,
     known: dict[str, Tensor],
 ) -> None:
     """See what arrives at some twins, rescale columns, round all and see them rounded from now on.
 
-    known  Fisher information by name, which is taken out
+    run      makes a call by its number
+    counted  of every call, which positions are no padding
+    known    Fisher information by name, which is taken out
     """
     seen = _Seen()
     products = {name: each for name, each in own.items() if not isinstance(each, QEmbedding)}
     with torch.no_grad(), hooked(products, seen), coarse_products():
-        run()
+        for n, some in enumerate(counted):
+            seen.counted = some
+            run(n)
     moments = _backed({name: seen.moments.get(name) for name in products}, own)
     curves: dict[int, Curvature] = {}
 
@@ -222,9 +227,13 @@ def _parts(twin: Twin, F: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None
 
 
 class _Seen:
-    """Moments of what arrives at modules; those that are given the very same tensor share them."""
+    """Moments of what arrives at modules; those that are given the very same tensor share them.
+
+    counted  [windows, length] of the present call, as `Call.counted` says
+    """
 
     def __init__(self) -> None:
+        self.counted: Tensor | None = None
         self.moments: dict[str, Moments] = {}
         self._last: list[tuple[Tensor, Moments]] = []
 
@@ -234,7 +243,7 @@ class _Seen:
             self.moments.setdefault(name, shared)
             return
         moments = self.moments.setdefault(name, Moments(x.shape[-1]))
-        moments.add(x.detach().flatten(0, -2))
+        moments.add(positions(x.detach(), self.counted))
         moments.settle()
         self._last = [*self._last[-3:], (x, moments)]  # q, k and v come one after the other
 

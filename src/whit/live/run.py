@@ -30,6 +30,22 @@ class Call:
         cached = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
         return model(*self.args, **{**self.kwargs, **cached})
 
+    @property
+    def counted(self) -> Tensor | None:
+        """[windows, length] bool, which positions are no padding; None without an attention_mask of that shape."""
+        mask = self.kwargs.get("attention_mask")
+        return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def positions(x: Tensor, counted: Tensor | None) -> Tensor:
+    """[positions, cols], those of x [..., cols] that count; all where x is not [windows, length, cols].
+
+    counted  as `Call.counted`
+    """
+    if counted is None or x.shape[:-1] != counted.shape:
+        return x.flatten(0, -2)
+    return x[counted.to(x.device)]
+
 
 def calls_of(batches: Batch | Sequence[Batch]) -> list[Call]:
     """Calls from token ids [n, length] (a window each), or from batches that are tensors or keyword arguments."""

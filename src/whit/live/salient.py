@@ -21,7 +21,7 @@ from whit.errors import RecipeError
 from whit.grids.grid import Grid
 from whit.grids.named import grid_name
 from whit.live.modules import QConv1D, QLinear
-from whit.live.run import Call, hooked, steady
+from whit.live.run import Call, hooked, positions, steady
 from whit.rounding.nearest import nearest
 
 CHECKED = 8  # rows in which zeros must stay zeros
@@ -92,15 +92,20 @@ def split(rest: QLinear | QConv1D, squares: Tensor, share: float) -> Beside:
 
 
 def squares_of(model: nn.Module, layers: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[str, Tensor]:
-    """Sums of squares [cols] float64 of what arrives at layers; those that the calls never reach are not there."""
+    """Sums of squares [cols] float64 of what arrives at layers; those that the calls never reach are not there.
+
+    Padding is not counted.
+    """
     found: dict[str, Tensor] = {}
+    counted: Tensor | None = None
 
     def seen(name: str, x: Tensor) -> None:
-        total = x.detach().double().flatten(0, -2).square().sum(0)
+        total = positions(x.detach(), counted).double().square().sum(0)
         found[name] = found[name] + total if name in found else total
 
     with torch.no_grad(), steady(model), hooked(layers, seen):
         for call in calls:
+            counted = call.counted
             call(model)
     return found
 
