@@ -179,7 +179,7 @@ def test_texts_need_a_tokenizer_and_work_with_one() -> None:
         model,
         "qint4",
         method="feedback",
-        calibration=["a text of some length", "and another one"],
+        calibration=["a text of some length", "", "and another one"],
         tokenizer=tokenizer,
         progress=lambda *it: steps.append(it),
     )

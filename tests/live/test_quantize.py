@@ -377,6 +377,10 @@ def test_feedback_needs_something_to_look_at() -> None:
         quantize(model, qint8, method="feedback", calibration=["a text"])
     with pytest.raises(RecipeError, match="empty"):
         quantize(model, qint8, method="feedback", calibration=[])
+    with pytest.raises(RecipeError, match="empty"):
+        quantize(model, qint8, method="feedback", calibration=["", ""], tokenizer=lambda text: {"input_ids": []})
+    with pytest.raises(RecipeError, match="found int"):
+        quantize(model, qint8, method="feedback", calibration=3)  # type: ignore[arg-type]
     assert type(model[1]) is nn.Linear
     assert set(METHODS) == {"nearest", "search", "kl", "weighted", "gptq", "feedback", "fisher", "fisher-feedback"}
 

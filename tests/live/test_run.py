@@ -1,9 +1,13 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from tiny import random_tokens, tiny_model
-from whit.errors import ModelError
+from whit.errors import ModelError, RecipeError
 from whit.live.inputs import Inputs
 from whit.live.quantize import freeze, quantize, twins_of
 from whit.live.run import Call, calls_of, divergence, hooked, log_probabilities, recorded, unrounded
@@ -20,6 +24,44 @@ def test_batches_of_every_kind_become_calls() -> None:
     several = calls_of([ids, {"input_ids": ids}])
     assert several[0].args[0] is ids
     assert several[1].kwargs["input_ids"] is ids
+
+
+ROWS = [[5, 6, 7], [8, 9, 10]]
+
+
+@pytest.mark.parametrize(
+    ("batches", "found"),
+    [
+        (ROWS, [[ROWS[0]], [ROWS[1]]]),
+        ([5, 6, 7], [[[5, 6, 7]]]),
+        ([[5, 6], [], [7]], [[[5, 6]], [[7]]]),
+        (np.array(ROWS), [[ROWS[0]], [ROWS[1]]]),
+        ([np.array(ROWS)], [ROWS]),
+        ([torch.tensor(ROWS[0]), torch.tensor(ROWS)], [[ROWS[0]], ROWS]),
+        ((each for each in ROWS), [[ROWS[0]], [ROWS[1]]]),
+        (DataLoader(TensorDataset(torch.tensor(ROWS)), batch_size=2), [ROWS]),
+        (DataLoader(ROWS, batch_size=2, collate_fn=torch.tensor), [ROWS]),
+        (DataLoader(["ab", "", "c"], batch_size=2), [[[97, 98]], [[99]]]),
+        ("ab", [[[97, 98]]]),
+        (["", "\n"], [[[10]]]),
+        (torch.empty(0, 3, dtype=torch.long), []),
+    ],
+)
+def test_text_in_any_iterable_becomes_calls(batches: Any, found: list[list[list[int]]]) -> None:
+    calls = calls_of(batches, lambda text: {"input_ids": [ord(letter) for letter in text]})
+    assert [call.args[0].tolist() for call in calls] == found
+    assert all(call.args[0].dtype == torch.long for call in calls)
+
+
+def test_what_is_no_text_is_refused_by_name() -> None:
+    with pytest.raises(RecipeError, match="found float"):
+        calls_of([1.5])
+    with pytest.raises(RecipeError, match="found NoneType"):
+        calls_of([None])
+    with pytest.raises(RecipeError, match="tuple of 2, with tensors"):
+        calls_of([(TOKENS, TOKENS)])
+    with pytest.raises(RecipeError, match="a tokenizer"):
+        calls_of(iter(["a text"]))
 
 
 def test_calls_are_recorded_and_give_the_same_again() -> None:

@@ -11,10 +11,10 @@ Replacing is done in place and by structure: what a module computes decides, not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from whit.rounding.named import ROUNDINGS, check_rounding
 from whit.rounding.nearest import Rounding
 
 Patterns = str | Sequence[str] | None
-Text = Batch | Sequence[Batch] | str | Sequence[str]
+Text = Batch | str | Iterable[Any]  # of what `calls_of` takes
 METHODS = (*ROUNDINGS, *LEARNED)
 NEAREST = "nearest"
 KINDS = {"qint8": "int8", "qfloat8": "fp8"}  # types of activations
@@ -84,8 +84,8 @@ def quantize(
                  "gptq" and "fisher-feedback" as for files (docs/rounding.md)
     salient      share of the input channels of every linear layer, such as 0.01, that stay float beside the codes:
                  those with the largest second moment times the norm of their column on the calibration text
-    calibration  for all from "feedback" on, and for `salient`: token ids [n, length] int64, batches as the model takes
-                 them, or texts
+    calibration  for all from "feedback" on, and for `salient`: token ids [n, length] int64, or batches as the model
+                 takes them, lists of token ids or texts in any iterable, such as a DataLoader
     tokenizer    for texts
     preset       how much work these do
     progress     told (steps done, steps in all, what)
@@ -216,13 +216,7 @@ def _calls(
     if calibration is None:
         what = f"The rounding {method!r} looks at" if method in LEARNED else "salient= chooses channels for"
         raise RecipeError(f"{what} what arrives at the layers: give it calibration=, ids or texts.")
-    if isinstance(calibration, str):
-        calibration = [calibration]
-    if not isinstance(calibration, Tensor | Mapping) and calibration and isinstance(calibration[0], str):
-        if tokenizer is None:
-            raise RecipeError("Texts need a tokenizer: quantize(..., calibration=texts, tokenizer=tokenizer).")
-        calibration = [torch.tensor([tokenizer(text)["input_ids"]]) for text in calibration]
-    calls = calls_of(cast(Any, calibration))
+    calls = calls_of(calibration, tokenizer)
     if not calls:
         raise RecipeError("The calibration text is empty.")
     return calls

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whit.errors import ModelError
+from whit.errors import ModelError, RecipeError
 from whit.live.inputs import Inputs
 from whit.live.twin import Twin
 
@@ -47,13 +48,56 @@ def positions(x: Tensor, counted: Tensor | None) -> Tensor:
     return x[counted.to(x.device)]
 
 
-def calls_of(batches: Batch | Sequence[Batch]) -> list[Call]:
-    """Calls from token ids [n, length] (a window each), or from batches that are tensors or keyword arguments."""
+def calls_of(batches: Any, tokenizer: Callable[..., Any] | None = None) -> list[Call]:
+    """Calls from a text to calibrate with; what is empty is left out, such as the empty lines of a file.
+
+    batches    token ids [n, length], a window each, or any iterable (a DataLoader, a generator) of batches: tensors or
+               keyword arguments as the model takes them, lists of token ids, texts, or lists of these
+    tokenizer  for texts
+    Raises RecipeError for anything else, and for texts without a tokenizer.
+    """
+    if isinstance(batches, np.ndarray):
+        batches = torch.as_tensor(batches)
     if isinstance(batches, Tensor):
-        return [Call((each,), {}) for each in batches.split(1)]
+        return [Call((each,), {}) for each in batches.split(1) if each.numel()]
     if isinstance(batches, Mapping):
         return [Call((), batches)]
-    return [Call((each,), {}) if isinstance(each, Tensor) else Call((), each) for each in batches]
+    if isinstance(batches, str):
+        if tokenizer is None:
+            raise RecipeError("Texts need a tokenizer: quantize(..., calibration=texts, tokenizer=tokenizer).")
+        return _window(tokenizer(batches)["input_ids"])
+    if isinstance(batches, list) and batches and all(isinstance(each, int) for each in batches):
+        return _window(batches)
+    try:
+        several = iter(batches)
+    except TypeError:
+        raise RecipeError(
+            "calibration= takes token ids, batches as the model takes them, or texts, alone or in any iterable; "
+            f"found {type(batches).__name__}."
+        ) from None
+    return [call for each in several for call in _batch(each, tokenizer)]
+
+
+def _batch(batch: Any, tokenizer: Callable[..., Any] | None) -> list[Call]:
+    """Calls of one of several batches: tensors go to the model whole."""
+    if isinstance(batch, np.ndarray):
+        batch = torch.as_tensor(batch)
+    if isinstance(batch, tuple | list) and len(batch) == 1 and isinstance(batch[0], Tensor):
+        (batch,) = batch  # as a TensorDataset gives it
+    if isinstance(batch, Tensor):
+        if batch.dim() == 1 and not batch.is_floating_point():
+            batch = batch[None]
+        return [Call((batch,), {})] if batch.numel() else []
+    if isinstance(batch, tuple | list) and any(isinstance(each, Tensor) for each in batch):
+        raise RecipeError(
+            f"A batch of the calibration is a {type(batch).__name__} of {len(batch)}, with tensors: give the token ids "
+            "alone, or a dictionary of what the model takes."
+        )
+    return calls_of(batch, tokenizer)
+
+
+def _window(ids: Sequence[int]) -> list[Call]:
+    return [Call((torch.tensor([ids], dtype=torch.long),), {})] if len(ids) else []
 
 
 @contextmanager
