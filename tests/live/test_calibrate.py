@@ -219,3 +219,38 @@ def test_trials_are_made_with_nothing_dropped() -> None:
         assert model.training == training
     assert found[0][0] > 0
     assert found[0] == found[1]
+
+
+def test_a_calibration_within_another_is_refused_and_the_outer_one_goes_on() -> None:
+    model = prepared()
+    with calibrate(model) as result:
+        run(model)
+        with pytest.raises(RecipeError, match="already"), calibrate(model):
+            pass
+    assert set(result.scales.values()) == {"minmax"}
+
+
+def test_norms_that_return_more_than_their_output() -> None:
+    """Such as the sum that they were given, beside it."""
+
+    class BothNorm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), x
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = BothNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, kept = self.norm(x)
+            return self.linear(y) + kept
+
+    model, x = Block(), torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    quantize(model, "qint8", "qint8")
+    with torch.no_grad(), calibrate(model) as result:
+        model(x)
+    assert result.scales == {"norm.outputs": "minmax", "linear.inputs": "minmax"}
+    assert torch.equal(model.norm(x)[1], x)
+    codes = model.norm(x)[0] / model.norm.outputs.scale
+    assert torch.allclose(codes, codes.round(), atol=1e-4)

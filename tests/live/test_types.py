@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,14 @@ def test_grids_are_types_and_none_is_none() -> None:
 def test_an_unknown_type_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(RecipeError, match="qint5.*qint8.*qint4.*nf4"):
         type_named("qint5")
+
+
+@pytest.mark.parametrize("other", [8, torch.int8, torch.float8_e4m3fn, qint4.scheme])
+def test_what_is_no_type_is_refused_with_the_names_there_are(other: Any) -> None:
+    with pytest.raises(RecipeError, match="qint8.*qint4.*nf4"):
+        type_named(other)
+    with pytest.raises(RecipeError, match="found"):
+        quantize(tiny_model("llama"), weights=other)
 
 
 @pytest.mark.parametrize(("grid", "size"), [(mxfp4, 64), (kmeans3, 0), (qint4, 0), (grid_named("q4_k"), 64)])

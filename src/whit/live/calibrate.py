@@ -54,14 +54,16 @@ def calibrate(model: nn.Module, method: str = "minmax", smooth: bool = False) ->
     method  minmax, percentile, mse, kl (docs/live.md), or auto
     smooth  first move what sticks out of norms' outputs into the layers after them (SmoothQuant); needs a model that
             is not frozen
-    Layers that saw nothing keep a scale per token. Raises RecipeError for another method, or when nothing is
-    quantized.
+    Layers that saw nothing keep a scale per token. Raises RecipeError for another method, when nothing is quantized, or
+    within another calibration of the model.
     """
     if method not in METHODS:
         raise RecipeError(f"There is no calibration called {method!r}. Known: {', '.join(METHODS)}.")
     inputs = {name: module for name, module in model.named_modules() if isinstance(module, Inputs)}
     if not inputs:
         raise RecipeError("No activations are quantized in this model: quantize(model, activations=qint8) first.")
+    if any(each.observer is not None for each in inputs.values()):
+        raise RecipeError("This model is being calibrated already: let that calibration end first.")
     result = Calibrated()
     observe(inputs.values(), True)
     try:

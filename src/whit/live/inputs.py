@@ -63,8 +63,10 @@ class Inputs(nn.Module):
         self.scale.copy_(scale)
         self._static = bool(scale > 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., cols] as the layer sees it, in its own dtype."""
+    def forward(self, x: Any) -> Any:
+        """x [..., cols] as the layer sees it, in its own dtype; of a tuple, as some norms return, the first is x."""
+        if isinstance(x, tuple):
+            return self(x[0]), *x[1:]
         if self.observer is not None:
             self.observer.add(x)
         if not self.enabled or (self.leaving and not self._static):

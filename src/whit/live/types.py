@@ -59,9 +59,13 @@ FLOAT8 = {torch.float8_e4m3fn: qfloat8, torch.float8_e5m2: qfloat8_e5m2}
 def type_named(name: str | Grid | None) -> Grid | None:
     """The type called `name`: one of TYPES, a quantizer (its grid), or any grid.
 
-    Raises RecipeError that lists the names there are.
+    Raises RecipeError that lists the names there are, for other objects, too.
     """
     if not isinstance(name, str):
+        if name is not None and not hasattr(name, "spans"):  # such as a number of bits, or a dtype of torch
+            raise RecipeError(
+                f"A type is a grid such as qint4, or a name, found {name!r}. Known types: {', '.join(TYPES)}."
+            )
         return name
     try:
         if quantizer := quantizer_named(name):
