@@ -1,6 +1,8 @@
 """`whit chat` from the command line."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,17 @@ def test_a_conversation_remembers_counts_and_forgets() -> None:
     assert "answer " in result.stderr
     assert "no complete answer yet" in result.stderr
     assert result.stderr.count("/reset") == 2  # at the start, and for the unknown command
+
+
+def test_a_line_that_is_no_text_does_not_end_the_conversation(tmp_path: Path) -> None:
+    walker = Walker(tmp_path)
+    program = "import sys; from whit.cli.app import main; main(sys.argv[1:])"
+    said = b"what \xff\xfe\n" + f"say{walker.words[0]}\n/quit\n".encode()
+    command = [sys.executable, "-c", program, "chat", str(walker.folder), "-n", "5", "--threads", "1"]
+    done = subprocess.run(command, input=said, capture_output=True)
+    assert done.returncode == 0
+    assert b"no text in UTF-8" in done.stderr
+    assert done.stdout.decode() == walker.says(walker.words[0], 5) + "\n"
 
 
 def test_a_folder_talks_too_and_tells_speed_first_text_and_memory(tmp_path: Path) -> None:

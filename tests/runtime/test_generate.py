@@ -155,7 +155,15 @@ def test_an_empty_prompt_is_refused() -> None:
         generate(Path("any.gguf"), "")
 
 
-@pytest.mark.parametrize(("option", "value"), [("n_tokens", 0), ("temperature", -0.1), ("threads", 0)])
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(RecipeError, match="no text in UTF-8"):
+        generate(Path("any.gguf"), "a\udcff")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("n_tokens", 0), ("temperature", -0.1), ("threads", 0), ("threads", 100000), ("seed", 10**20), ("seed", -(2**64))],
+)
 def test_impossible_requests_are_refused(option: str, value: float) -> None:
     with pytest.raises(RecipeError, match=str(value)):
         generate(Path("any.gguf"), PROMPT, **{option: value})

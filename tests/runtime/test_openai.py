@@ -60,9 +60,38 @@ def test_answers_are_counted_over_prompts_and_choices() -> None:
         {"prompt": ["a"] * 5},
         {"prompt": "a", "n": 0},
         {"prompt": "a", "n": -9},
+        {"prompt": ["a", "b"], "n_cmpl": 3},
+        {"prompt": "a", "n": 1, "n_cmpl": 5},
     ):
         with pytest.raises(Refused, match="answers at once"):
             request(body, n_answers=4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -3},
+        {"stop": 5},
+        {"seed": 2**70},
+        {"echo": True},
+        {"suffix": "z"},
+        {"best_of": 4},
+        {"top_logprobs": 40000},
+        {"logprobs": 21},
+        {"n_probs": 10**9},
+    ],
+)
+def test_what_no_runtime_has_or_should_do_is_refused_before_one_is_asked(wrong: dict[str, object]) -> None:
+    with pytest.raises(Refused) as caught:
+        request({"prompt": "a", **wrong})
+    assert caught.value.status == 400
+    assert next(iter(wrong)) in caught.value.message
+    assert request({"prompt": "a", "top_logprobs": 20, "echo": False, "best_of": 1, "suffix": ""})
+
+
+def test_what_changes_nothing_is_taken_from_clients() -> None:
+    harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "tool_choice": "auto", "grammar": None}
+    assert settings_of(request({"prompt": "a", **harmless}))
 
 
 @pytest.mark.parametrize("prompt", [None, 5, {}, [], [1, "a"], [True], [None]])
@@ -91,7 +120,12 @@ def test_settings_are_those_of_the_request() -> None:
         {"stop": [5]},
         {"stop": {"a": 1}},
         {"seed": 0.5},
-        {"seed": 2**63},
+        {"seed": 2**64},
+        {"logprobs": 0},
+        {"grammar": 'root ::= "yes"'},
+        {"json_schema": {}},
+        {"repeat_penalty": 1.5},
+        {"tool_choice": "required"},
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
         {"logprobs": 3},

@@ -6,9 +6,11 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from whit.runtime.llama import LlamaRuntime
 from whit.runtime.openai import Asked
-from whit.runtime.proxied import Proxied
+from whit.runtime.proxied import Proxied, _refused
 
 
 class OnceEach(BaseHTTPRequestHandler):
@@ -58,3 +60,14 @@ def test_no_request_waits_on_a_connection_that_llama_cpp_may_close() -> None:
 
     with listening() as address:
         assert asyncio.run(answers(address)) == [b"{}"] * 3
+
+
+@pytest.mark.parametrize(
+    ("message", "ended", "status"),
+    [("image input is not supported", False, 400), ("Compute error.", False, 500), ("anything", True, 500)],
+)
+def test_a_request_s_own_mistake_is_no_error_of_the_server(message: str, ended: bool, status: int) -> None:
+    error = {"code": 500, "type": "server_error", "message": message}
+    refused = _refused(500, error, ended)
+    assert refused.status == status
+    assert message in refused.message

@@ -15,6 +15,7 @@ from whit.errors import RecipeError
 from whit.memory import GB
 from whit.runtime.answer import Runtime, Settings, Timings
 from whit.runtime.choose import prepare
+from whit.runtime.generate import sound
 
 HELP = "/stats speed of the last answer and memory, /reset a new conversation, /quit the end. Ctrl-C stops an answer."
 
@@ -59,6 +60,9 @@ def _talk(runtime: Runtime, start: list[dict[str, str]], settings: Settings) -> 
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        if not sound(line):
+            print("That line is no text in UTF-8; say it again.", file=sys.stderr)
+            continue
         if line == "/quit":
             return
         if line == "/reset":

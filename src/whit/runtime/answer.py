@@ -19,6 +19,7 @@ class Settings:
     n_tokens     at most so many tokens
     temperature  0 always takes the likeliest token; above, tokens are drawn with `seed`
     top_p        drawn from the likeliest tokens that together have this probability, in (0, 1]
+    seed         a whole number of at most 64 bits, with or without a sign
     stop         texts that end the answer and are not part of it
     Raises RecipeError for values that make no sense.
     """
@@ -38,6 +39,8 @@ class Settings:
             )
         if not 0 < self.top_p <= 1:
             raise RecipeError(f"A top_p of {self.top_p} makes no sense; it lies above 0 and is at most 1.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise RecipeError(f"The seed {str(self.seed)[:40]} has more than 64 bits; give a smaller one.")
         if not all(self.stop):
             raise RecipeError("A stop text is empty; give the text that ends the answer.")
 

@@ -44,6 +44,8 @@ def generate(
     """
     if not prompt:
         raise RecipeError("The prompt is empty; give the model something to answer or continue.")
+    if not sound(prompt):
+        raise RecipeError("The prompt is no text in UTF-8; give it in that encoding.")
     settings = Settings(n_tokens, temperature, seed)
     # Room for prompt and answer, but no more than the model reads. Its memory is taken at once, so the model's full
     # length (often 128k) would cost gigabytes for a short answer. A token is at least one byte.
@@ -56,6 +58,15 @@ def generate(
             return (yield from _through(runtime.answer(asked, settings)))
 
     return Generation(pieces())
+
+
+def sound(text: str) -> bool:
+    """Whether a text that came from outside can be written in UTF-8: bytes that were none can not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _through(answer: Generation) -> Generator[str, None, Timings]:

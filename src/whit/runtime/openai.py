@@ -19,6 +19,9 @@ from whit.errors import RecipeError
 from whit.runtime.answer import Messages, Settings, Timings
 
 TOKENS = ("max_completion_tokens", "max_tokens", "n_predict")  # names for one thing, the first one holds
+ANSWERS = ("n", "n_cmpl")  # the same
+ALTERNATIVES = ("logprobs", "top_logprobs", "n_probs")
+MOST_ALTERNATIVES = 20  # tokens that an answer may list for each of its own: OpenAI's limit
 DONE = b"data: [DONE]\n\n"
 
 
@@ -68,13 +71,21 @@ def asked(raw: bytes, chat: bool, n_tokens: int, n_answers: int) -> Asked:
     stream = body.get("stream") or False
     if not isinstance(stream, bool):
         raise Refused(400, f"stream is {stream!r}; it is true or false.")
-    answers = (_whole(body, "n", 1) if body.get("n") is not None else 1) * (1 if chat else _prompts(body))
+    choices = max([_whole(body, name, 1) for name in ANSWERS if body.get(name) is not None], default=1)
+    answers = choices * (1 if chat else _prompts(body))
     if chat:
         _messages(body)
     if not 1 <= answers <= n_answers:
         raise Refused(400, f"The request asks for {answers} answers at once; this server gives 1 to {n_answers}.")
+    for name in ALTERNATIVES:
+        if isinstance(body.get(name), int | float) and body[name] > MOST_ALTERNATIVES:
+            raise Refused(400, f"{name} is {body[name]}; at most {MOST_ALTERNATIVES} are listed.")
+    for name, neutral in _NOWHERE.items():
+        if body.get(name) is not None and not _among(body[name], neutral):
+            raise Refused(400, f"{name} is not supported.", "unsupported_parameter")
     limited = {name: value for name, value in body.items() if name not in TOKENS}
     limited["max_tokens"] = n_tokens if wanted == -1 else min(wanted, n_tokens)
+    _settings(limited)  # what makes no sense is refused for every runtime
     return Asked(chat, limited, stream)
 
 
@@ -121,12 +132,45 @@ def _messages(body: Mapping[str, Any]) -> None:
             raise Refused(400, f"messages: {json.dumps(each)[:80]} has no role; give one to every message.")
 
 
+def _settings(body: Mapping[str, Any]) -> Settings:
+    """How an answer is written. Raises Refused (400) for values that make no sense."""
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(each, str) for each in stop):
+        raise Refused(400, "stop is a text or a list of texts.")
+    seed = body.get("seed")
+    if seed is None:
+        seed = secrets.randbits(63)  # nobody asked for the same answer twice
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise Refused(400, f"seed is {str(seed)[:40]}; a whole number of at most 64 bits is needed.")
+    try:
+        return Settings(body["max_tokens"], _number(body, "temperature"), seed, _number(body, "top_p"), tuple(stop))
+    except RecipeError as error:
+        raise Refused(400, str(error)) from None
+
+
+def _number(body: Mapping[str, Any], name: str) -> float:
+    value = body.get(name)
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise Refused(400, f"{name} is {str(value)[:40]}; a number is needed.")
+    return float(value)
+
+
+def _among(value: Any, others: Sequence[Any]) -> bool:
+    """Whether it equals one of them; False is not 0 here."""
+    return any(isinstance(value, bool) is isinstance(each, bool) and value == each for each in others)
+
+
+# What OpenAI's interface has and no runtime here. At these values it changes nothing.
+_NOWHERE: dict[str, tuple[Any, ...]] = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
+
+
 # ---- for a runtime of ours -------------------------------------------------------------------------------------
 
 # What OpenAI's interface has and our own runtime has not. At these values it changes nothing.
 _WITHOUT: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "functions": ([],),
     "logit_bias": ({},),
@@ -135,32 +179,30 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
-    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_k": (0, -1),
     "top_logprobs": (0,),
 }
+# What changes nothing in an answer of a folder, or is heeded.
+_KNOWN = {
+    *("model", "messages", "prompt", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens"),
+    *ANSWERS, *_NOWHERE, *_WITHOUT,
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"),
+    *("prompt_cache_retention", "cache_prompt", "id_slot", "timings_per_token", "return_progress"),
+}  # fmt: skip
 
 
 def settings_of(request: Asked) -> Settings:
     """How an answer is written. Raises Refused (400) for values that make no sense, or that only llama.cpp knows."""
     body = request.body
     for name, neutral in _WITHOUT.items():
-        if body.get(name) is not None and body[name] not in neutral:
+        if body.get(name) is not None and not _among(body[name], neutral):
             raise Refused(400, f"{name} is not supported for folders; a GGUF file has it.", "unsupported_parameter")
-    stop = body.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(each, str) for each in stop):
-        raise Refused(400, "stop is a text or a list of texts.")
-    seed = body.get("seed")
-    if seed is None:
-        seed = secrets.randbits(63)  # nobody asked for the same answer twice
-    elif isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise Refused(400, f"seed is {str(seed)[:40]}; a whole number of at most 64 bits is needed.")
-    try:
-        return Settings(body["max_tokens"], _number(body, "temperature"), seed, _number(body, "top_p"), tuple(stop))
-    except RecipeError as error:
-        raise Refused(400, str(error)) from None
+    unknown = sorted(name for name, value in body.items() if name not in _KNOWN and value is not None)
+    if unknown:
+        raise Refused(400, f"{', '.join(unknown)}: not known here, for folders.", "unsupported_parameter")
+    return _settings(body)
 
 
 def prompt_of(request: Asked) -> str | Messages:
@@ -183,15 +225,6 @@ def _text(content: Any) -> str:
     if not all(isinstance(each, str) for each in found):
         raise Refused(400, "messages: a content is no text; this model reads text alone.")
     return "".join(each for each in found if each)
-
-
-def _number(body: Mapping[str, Any], name: str) -> float:
-    value = body.get(name)
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Refused(400, f"{name} is {str(value)[:40]}; a number is needed.")
-    return float(value)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from whit.runtime.llama import LlamaRuntime
 from whit.runtime.openai import Asked, Refused
 
 ENDED = "llama.cpp's process has ended; start the server again."
+COMPUTING = "Compute error"  # how llama.cpp begins its own failures
 EVENTS = "text/event-stream"
 
 
@@ -52,7 +53,7 @@ class Proxied:
             async with self._client.stream("POST", path, json=dict(request.body)) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    raise _refused(response.status_code, _error(response))
+                    raise _refused(response.status_code, _error(response), self.dead())
                 yield Reply(response.headers.get("content-type", "application/json"), response.aiter_raw())
         except httpx2.TransportError as error:
             raise Refused(502, ENDED if self.dead() else f"llama.cpp did not answer: {error}", "runtime") from None
@@ -77,11 +78,15 @@ def _error(response: httpx2.Response) -> dict[str, Any]:
         return {"message": response.text[:500]}
 
 
-def _refused(status: int, error: dict[str, Any]) -> Refused:
+def _refused(status: int, error: dict[str, Any], dead: bool) -> Refused:
     if error.get("type") == "exceed_context_size_error":
         return too_long(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
-    # It calls some of a request's own mistakes, a chat template that refuses among them, an error of the server.
-    return Refused(status, f"llama.cpp refuses the request: {error.get('message', 'no reason given')}")
+    message = str(error.get("message", "no reason given"))
+    # It calls some of a request's own mistakes, pictures and a chat template that refuses among them, an error of the
+    # server; clients try such requests again.
+    if status == 500 and not dead and not message.startswith(COMPUTING):
+        status = 400
+    return Refused(status, f"llama.cpp refuses the request: {message}")
 
 
 def too_long(n_tokens: int, n_ctx: int) -> Refused:
