@@ -1,8 +1,7 @@
 """`whit chat` from the command line."""
 
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from typer.testing import CliRunner
 
 from walker import Walker
 from whit.cli.chat import command
+from whit.errors import RecipeError
 from whit.models.builtin import packaged_smollm2
 
 app = typer.Typer()
@@ -28,17 +28,6 @@ def test_a_conversation_remembers_counts_and_forgets() -> None:
     assert result.stderr.count("/reset") == 2  # at the start, and for the unknown command
 
 
-def test_a_line_that_is_no_text_does_not_end_the_conversation(tmp_path: Path) -> None:
-    walker = Walker(tmp_path)
-    program = "import sys; from whit.cli.app import main; main(sys.argv[1:])"
-    said = b"what \xff\xfe\n" + f"say{walker.words[0]}\n/quit\n".encode()
-    command = [sys.executable, "-c", program, "chat", str(walker.folder), "-n", "5", "--threads", "1"]
-    done = subprocess.run(command, input=said, capture_output=True)
-    assert done.returncode == 0
-    assert b"no text in UTF-8" in done.stderr
-    assert done.stdout.decode() == walker.says(walker.words[0], 5) + "\n"
-
-
 def test_a_folder_talks_too_and_tells_speed_first_text_and_memory(tmp_path: Path) -> None:
     walker = Walker(tmp_path)
     said = f"say{walker.words[0]}\n/stats\n/quit\n"
@@ -49,3 +38,18 @@ def test_a_folder_talks_too_and_tells_speed_first_text_and_memory(tmp_path: Path
         r"prompt \d+ new tokens at [\d.]+/s, first text after [\d.]+ s, answer 5 tokens at [\d.]+/s; memory [\d.]+ GB",
         result.stderr,
     )
+
+
+def test_a_line_that_is_not_utf_8_costs_no_other_line(tmp_path: Path) -> None:
+    walker = Walker(tmp_path)
+    said = b"hello \xff\xfe there\n" + f"say{walker.words[0]}\n/quit\n".encode()
+    result = CliRunner().invoke(app, [str(walker.folder), "-n", "5", "--threads", "1"], input=said)
+    assert result.exit_code == 0, result.exception
+    assert "The line is not UTF-8 from character 7 on" in result.stderr
+    assert result.stdout == walker.says(walker.words[0], 5) + "\n"
+
+
+def test_an_instruction_that_is_not_utf_8_is_refused() -> None:
+    result = CliRunner().invoke(app, ["any.gguf", "--system", os.fsdecode(b"a\xff")])
+    assert isinstance(result.exception, RecipeError)
+    assert "--system is not UTF-8" in str(result.exception)

@@ -103,8 +103,9 @@ def test_a_dead_runtime_is_an_error_and_not_a_silent_end() -> None:
     answer = packaged(n_tokens=5000)
     next(answer)
     os.kill(workers()[0], 9)
-    with pytest.raises(BrokenFileError, match="llama.cpp cannot run this file"):
+    with pytest.raises(BrokenFileError, match="llama.cpp has failed while it ran: .*status -9") as caught:
         list(answer)
+    assert "this file" not in str(caught.value)  # it ran well until then
 
 
 @pytest.mark.real_model
@@ -156,13 +157,20 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def test_a_prompt_that_is_no_text_is_refused() -> None:
-    with pytest.raises(RecipeError, match="no text in UTF-8"):
-        generate(Path("any.gguf"), "a\udcff")
+    with pytest.raises(RecipeError, match="The prompt is not UTF-8 from character 2 on"):
+        generate(Path("any.gguf"), os.fsdecode(b"a\xff"))
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("n_tokens", 0), ("temperature", -0.1), ("threads", 0), ("threads", 100000), ("seed", 10**20), ("seed", -(2**64))],
+    [
+        ("n_tokens", 0),
+        ("temperature", -0.1),
+        ("threads", 0),
+        ("threads", 100_000),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+    ],
 )
 def test_impossible_requests_are_refused(option: str, value: float) -> None:
     with pytest.raises(RecipeError, match=str(value)):

@@ -60,38 +60,43 @@ def test_answers_are_counted_over_prompts_and_choices() -> None:
         {"prompt": ["a"] * 5},
         {"prompt": "a", "n": 0},
         {"prompt": "a", "n": -9},
-        {"prompt": ["a", "b"], "n_cmpl": 3},
-        {"prompt": "a", "n": 1, "n_cmpl": 5},
+        {"prompt": ["a", "b", "c", "d"], "n_cmpl": 4},
+        {"prompt": "a", "n_cmpl": 5},
     ):
         with pytest.raises(Refused, match="answers at once"):
             request(body, n_answers=4)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -3},
-        {"stop": 5},
-        {"seed": 2**70},
-        {"echo": True},
-        {"suffix": "z"},
-        {"best_of": 4},
-        {"top_logprobs": 40000},
-        {"logprobs": 21},
-        {"n_probs": 10**9},
-    ],
-)
-def test_what_no_runtime_has_or_should_do_is_refused_before_one_is_asked(wrong: dict[str, object]) -> None:
-    with pytest.raises(Refused) as caught:
-        request({"prompt": "a", **wrong})
-    assert caught.value.status == 400
-    assert next(iter(wrong)) in caught.value.message
-    assert request({"prompt": "a", "top_logprobs": 20, "echo": False, "best_of": 1, "suffix": ""})
+def test_one_number_of_answers_is_left() -> None:
+    body = request({"prompt": "a", "n": 2, "n_cmpl": 400}, n_answers=4).body
+    assert (body["n"], "n_cmpl" in body) == (2, False)
+    assert request({"prompt": "a", "n_cmpl": 3}, n_answers=4).body["n"] == 3
 
 
-def test_what_changes_nothing_is_taken_from_clients() -> None:
-    harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "tool_choice": "auto", "grammar": None}
-    assert settings_of(request({"prompt": "a", **harmless}))
+@pytest.mark.parametrize("name", ["logprobs", "top_logprobs", "n_probs"])
+def test_likely_tokens_beside_each_one_are_few(name: str) -> None:
+    for allowed in (None, 0, 20):
+        assert request({"prompt": "a", name: allowed}).body[name] == allowed
+    for wrong in (21, 40_000, 40_000.0, -1, "40000", [5]):
+        with pytest.raises(Refused, match=f"^{name} is"):
+            request({"prompt": "a", name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"echo": True}, {"suffix": "b"}, {"best_of": 3}])
+def test_what_no_runtime_does_is_refused_whoever_answers(wrong: dict[str, object]) -> None:
+    with pytest.raises(Refused, match=f"^{next(iter(wrong))} is not supported; leave it out.$") as caught:
+        request({"prompt": "a", "n": 2, **wrong}, n_answers=4)
+    assert (caught.value.status, caught.value.code) == (400, "unsupported_parameter")
+
+
+def test_what_no_runtime_does_may_be_named_where_it_changes_nothing() -> None:
+    neutral = {"echo": False, "suffix": None, "best_of": 2}
+    assert request({"prompt": "a", "n": 2, **neutral}, n_answers=4)
+
+
+def test_a_conversation_may_ask_for_log_probabilities() -> None:
+    messages = [{"role": "user", "content": "a"}]
+    assert request({"messages": messages, "logprobs": True, "top_logprobs": 5}, chat=True).body["logprobs"] is True
 
 
 @pytest.mark.parametrize("prompt", [None, 5, {}, [], [1, "a"], [True], [None]])
@@ -105,6 +110,7 @@ def test_settings_are_those_of_the_request() -> None:
     assert settings_of(request(body)) == Settings(9, 0.5, 5, 0.9, ("end",))
     plain = settings_of(request({"prompt": "a", "stop": None, "presence_penalty": 0.0}))
     assert (plain.temperature, plain.top_p, plain.stop) == (1.0, 1.0, ())
+    assert settings_of(request({"prompt": "a", "stop": ""})).stop == ()
     assert plain.seed != settings_of(request({"prompt": "a"})).seed
 
 
@@ -112,32 +118,64 @@ def test_settings_are_those_of_the_request() -> None:
     "wrong",
     [
         {"temperature": -1},
+        {"temperature": 10**400},
         {"temperature": "hot"},
         {"temperature": True},
         {"top_p": 0},
         {"top_p": 1.1},
         {"stop": [""]},
         {"stop": [5]},
+        {"stop": 5},
+        {"stop": 0},
         {"stop": {"a": 1}},
         {"seed": 0.5},
-        {"seed": 2**64},
-        {"logprobs": 0},
-        {"grammar": 'root ::= "yes"'},
-        {"json_schema": {}},
-        {"repeat_penalty": 1.5},
-        {"tool_choice": "required"},
+        {"seed": 2**63},
+        {"seed": 2**70},
+    ],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_makes_no_sense_is_refused_whoever_answers(wrong: dict[str, object], chat: bool) -> None:
+    with pytest.raises(Refused, match=next(iter(wrong))) as caught:
+        request({"prompt": "a", "messages": [{"role": "user", "content": "a"}], **wrong}, chat)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
         {"logprobs": 3},
         {"logit_bias": {"5": 100}},
         {"frequency_penalty": 1},
+        {"logprobs": 0},
+        {"top_k": False},
+        {"grammar": 'root ::= "a"'},
+        {"json_schema": {}},
+        {"n_probs": 5},
+        {"repeat_penalty": 1.3},
+        {"guided_regex": "a"},
     ],
 )
-def test_what_would_be_ignored_or_makes_no_sense_is_refused(wrong: dict[str, object]) -> None:
+def test_what_would_be_ignored_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(Refused) as caught:
         settings_of(request({"prompt": "a", **wrong}))
     assert caught.value.status == 400
     assert next(iter(wrong)) in caught.value.message
+    assert caught.value.code == "unsupported_parameter"
+
+
+def test_what_no_one_knows_is_not_said_to_work_elsewhere() -> None:
+    with pytest.raises(Refused, match="^guided_regex is not known here; leave it out.$"):
+        settings_of(request({"prompt": "a", "guided_regex": "a"}))
+    with pytest.raises(Refused, match="^grammar is not supported for folders; a GGUF file has it.$"):
+        settings_of(request({"prompt": "a", "grammar": "a"}))
+
+
+def test_what_changes_no_answer_may_be_sent() -> None:
+    free = {"user": "me", "metadata": {"a": "b"}, "store": False, "stream_options": {}, "cache_prompt": True, "n": 1}
+    neutral = {"repeat_penalty": 1.0, "n_probs": 0, "grammar": "", "json_schema": None, "tools": [], "logprobs": False}
+    assert settings_of(request({"model": "m", "prompt": "a", "unheard_of": None, **free, **neutral}))
 
 
 def test_prompts_and_conversations_are_texts() -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from whit.runtime.llama import LlamaRuntime
-from whit.runtime.openai import Asked
-from whit.runtime.proxied import Proxied, _refused
+from whit.runtime.openai import Asked, Refused
+from whit.runtime.proxied import Proxied
 
 
 class OnceEach(BaseHTTPRequestHandler):
@@ -35,9 +36,23 @@ class OnceEach(BaseHTTPRequestHandler):
         pass
 
 
+class Failing(BaseHTTPRequestHandler):
+    """Answers with status 500 and what the request holds."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"].encode()
+        self.send_response(500)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
 @contextmanager
-def listening() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), OnceEach) as server:
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -58,16 +73,28 @@ def test_no_request_waits_on_a_connection_that_llama_cpp_may_close() -> None:
                     found.append(b"".join([each async for each in reply.pieces]))
         return found
 
-    with listening() as address:
+    with listening(OnceEach) as address:
         assert asyncio.run(answers(address)) == [b"{}"] * 3
 
 
 @pytest.mark.parametrize(
-    ("message", "ended", "status"),
-    [("image input is not supported", False, 400), ("Compute error.", False, 500), ("anything", True, 500)],
+    ("said", "dead", "status"),
+    [
+        ('{"error": {"code": 500, "message": "no images", "type": "server_error"}}', False, 400),
+        ('{"error": {"code": 500, "message": "no images", "type": "server_error"}}', True, 500),
+        ('{"error": {"code": 500, "message": "Compute error.", "type": "server_error"}}', False, 500),
+        ("no images", False, 500),
+    ],
 )
-def test_a_request_s_own_mistake_is_no_error_of_the_server(message: str, ended: bool, status: int) -> None:
-    error = {"code": 500, "type": "server_error", "message": message}
-    refused = _refused(500, error, ended)
-    assert refused.status == status
-    assert message in refused.message
+def test_what_llama_cpp_says_of_a_request_is_the_request_s_mistake(said: str, dead: bool, status: int) -> None:
+    async def refusal(address: str) -> Refused:
+        runtime: Any = SimpleNamespace(wait=lambda: address, exited=lambda: dead)
+        request: Any = SimpleNamespace(chat=False, body={"prompt": said})
+        async with Proxied(cast(LlamaRuntime, runtime), "model", "key") as backend:
+            with pytest.raises(Refused, match="no images|Compute error") as caught:
+                async with backend.answer(cast(Asked, request)):
+                    pass
+        return caught.value
+
+    with listening(Failing) as address:
+        assert asyncio.run(refusal(address)).status == status

@@ -105,8 +105,6 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is written by its number
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is for the verb to refuse, as in arguments
-        sys.stdin.reconfigure(errors="surrogateescape")
     for name in ("SIGTERM", "SIGHUP"):  # a closed terminal cleans up as Ctrl-C does
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from contextlib import closing
@@ -13,9 +14,8 @@ import typer
 from whit.cli.run import ANYWAY, MODEL
 from whit.errors import RecipeError
 from whit.memory import GB
-from whit.runtime.answer import Runtime, Settings, Timings
+from whit.runtime.answer import Runtime, Settings, Timings, check_text
 from whit.runtime.choose import prepare
-from whit.runtime.generate import sound
 
 HELP = "/stats speed of the last answer and memory, /reset a new conversation, /quit the end. Ctrl-C stops an answer."
 
@@ -42,6 +42,7 @@ def command(
     anyway: Annotated[bool, typer.Option("--anyway", help=ANYWAY)] = False,
 ) -> None:
     """Talk with a model: a GGUF file through llama.cpp's runtime, a folder as a live model."""
+    check_text(system, "--system")
     settings = Settings(tokens, temperature, seed)
     with closing(prepare(model, context, threads, anyway, remember=True)()) as runtime:
         if not runtime.has_template:
@@ -55,14 +56,13 @@ def command(
 def _talk(runtime: Runtime, start: list[dict[str, str]], settings: Settings) -> None:
     messages, last = list(start), None
     print(HELP, file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a bad byte is seen in its line, and no other line is lost
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        if not sound(line):
-            print("That line is no text in UTF-8; say it again.", file=sys.stderr)
-            continue
         if line == "/quit":
             return
         if line == "/reset":
@@ -72,6 +72,11 @@ def _talk(runtime: Runtime, start: list[dict[str, str]], settings: Settings) -> 
         elif line.startswith("/"):
             print(HELP, file=sys.stderr)
         elif line:
+            try:
+                check_text(line, "The line")
+            except RecipeError as error:
+                print(error, file=sys.stderr)
+                continue
             asked = [*messages, {"role": "user", "content": line}]
             try:
                 text, last = _answer(runtime, asked, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 from whit.errors import RecipeError
 
 SHORTEST_CONTEXT = 2048  # for models that do not say how long a text they read
+THREADS_PER_CORE = 4  # at most: beyond, they cost time and at last more memory than there is
 Messages = Sequence[Mapping[str, str]]  # {"role": "user", "content": "..."}, in order
 
 
@@ -19,7 +21,7 @@ class Settings:
     n_tokens     at most so many tokens
     temperature  0 always takes the likeliest token; above, tokens are drawn with `seed`
     top_p        drawn from the likeliest tokens that together have this probability, in (0, 1]
-    seed         a whole number of at most 64 bits, with or without a sign
+    seed         a whole number of 64 bits, sign included
     stop         texts that end the answer and are not part of it
     Raises RecipeError for values that make no sense.
     """
@@ -39,10 +41,35 @@ class Settings:
             )
         if not 0 < self.top_p <= 1:
             raise RecipeError(f"A top_p of {self.top_p} makes no sense; it lies above 0 and is at most 1.")
-        if not -(2**63) <= self.seed < 2**64:
-            raise RecipeError(f"The seed {str(self.seed)[:40]} has more than 64 bits; give a smaller one.")
         if not all(self.stop):
             raise RecipeError("A stop text is empty; give the text that ends the answer.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise RecipeError(f"A seed of {str(self.seed)[:40]} makes no sense; it lies between -2^63 and 2^63 - 1.")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises RecipeError for a number of threads that cannot work, or that the system may refuse while it runs."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise RecipeError(f"{threads} threads cannot work; ask for 1 or more.")
+    cores = os.cpu_count() or 1
+    if threads > THREADS_PER_CORE * cores:
+        raise RecipeError(
+            f"{threads} threads are too many for {cores} processor cores, they would wait for each other; "
+            f"ask for {cores} or fewer."
+        )
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises RecipeError for bytes that are not UTF-8, which Python hands on as half surrogates.
+
+    what  names the text, as the subject of a sentence
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{what} is not UTF-8 from character {error.start + 1} on; write it in UTF-8.") from None
 
 
 @dataclass(frozen=True)

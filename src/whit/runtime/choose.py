@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from whit.errors import RecipeError
-from whit.runtime.answer import Runtime
+from whit.runtime.answer import Runtime, check_threads
 from whit.runtime.fit import check_fits, folder_needs, free_memory, gguf_needs
 from whit.runtime.installed import check_llama
 from whit.runtime.llama import LlamaRuntime, longest_context
-
-MOST_THREADS = 4  # for every core
 
 
 def is_file(text: str | Path) -> bool:
@@ -35,11 +32,7 @@ def prepare(
     """
     if context < 1:
         raise RecipeError(f"A context of {context} tokens holds nothing; ask for 1 or more.")
-    if threads is not None and threads < 1:
-        raise RecipeError(f"{threads} threads cannot work; ask for 1 or more.")
-    most = MOST_THREADS * (os.cpu_count() or 1)
-    if threads is not None and threads > most:
-        raise RecipeError(f"{threads} threads are more than this machine has use for; ask for at most {most}.")
+    check_threads(threads)
     if is_file(text):
         check_llama()
         path = Path(text).expanduser()

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from whit.errors import RecipeError
-from whit.runtime.answer import Generation, Settings, Timings
+from whit.runtime.answer import Generation, Settings, Timings, check_text
 from whit.runtime.choose import prepare
 
 TEMPLATE_TOKENS = 1024  # room for what a chat template adds around a prompt
@@ -44,8 +44,7 @@ def generate(
     """
     if not prompt:
         raise RecipeError("The prompt is empty; give the model something to answer or continue.")
-    if not sound(prompt):
-        raise RecipeError("The prompt is no text in UTF-8; give it in that encoding.")
+    check_text(prompt, "The prompt")
     settings = Settings(n_tokens, temperature, seed)
     # Room for prompt and answer, but no more than the model reads. Its memory is taken at once, so the model's full
     # length (often 128k) would cost gigabytes for a short answer. A token is at least one byte.
@@ -58,15 +57,6 @@ def generate(
             return (yield from _through(runtime.answer(asked, settings)))
 
     return Generation(pieces())
-
-
-def sound(text: str) -> bool:
-    """Whether a text that came from outside can be written in UTF-8: bytes that were none can not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _through(answer: Generation) -> Generator[str, None, Timings]:

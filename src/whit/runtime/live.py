@@ -25,7 +25,7 @@ from whit.live.save import load
 from whit.models.model import Model
 from whit.models.open import LIVE, open_model
 from whit.models.tokenizer import load_tokenizer
-from whit.runtime.answer import SHORTEST_CONTEXT, Generation, Messages, Settings, Timings
+from whit.runtime.answer import SHORTEST_CONTEXT, Generation, Messages, Settings, Timings, check_threads
 
 CHUNK = 256  # tokens of a prompt that go in at once
 
@@ -57,8 +57,7 @@ class LiveRuntime:
     """
 
     def __init__(self, model: Model, n_ctx: int, threads: int | None = None, remember: bool = False) -> None:
-        if threads is not None and threads < 1:
-            raise RecipeError(f"{threads} threads cannot work; ask for 1 or more.")
+        check_threads(threads)
         self._tokenizer = load_tokenizer(model)
         self.label, self.has_template = model.label, self._tokenizer.has_template
         self._n_ctx, self._threads = min(n_ctx, longest(model)), threads

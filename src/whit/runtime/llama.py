@@ -20,7 +20,7 @@ import psutil
 
 from whit.checkpoints.gguf import GGUFFile
 from whit.errors import BrokenFileError, RecipeError, TooLongError
-from whit.runtime.answer import SHORTEST_CONTEXT, Generation, Messages, Settings, Timings
+from whit.runtime.answer import SHORTEST_CONTEXT, Generation, Messages, Settings, Timings, check_threads
 from whit.runtime.installed import check_llama
 
 
@@ -44,8 +44,7 @@ class LlamaRuntime:
         self, path: Path, n_ctx: int, threads: int | None = None, listen: dict[str, Any] | None = None
     ) -> None:
         check_llama()
-        if threads is not None and threads < 1:
-            raise RecipeError(f"{threads} threads cannot work; ask for 1 or more.")
+        check_threads(threads)
         self.label, self.has_template = str(path), "tokenizer.chat_template" in GGUFFile(path).metadata
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed by close()
         # -P: nothing is imported from the working folder. Its own session: Ctrl-C reaches this process alone, which
@@ -72,8 +71,14 @@ class LlamaRuntime:
         return self._process.poll() is not None
 
     def failure(self) -> BrokenFileError:
-        """Why it has, in the words of the runtime's log."""
-        return BrokenFileError(_failure(self.label, self._process.wait(), self._log))
+        """Why it has, in the words of the runtime's log; the file is blamed as long as it was not loaded."""
+        status = self._process.wait()
+        found = _reason(status, self._log)
+        if self._address is not None:
+            return BrokenFileError(f"{self.label}: llama.cpp has failed while it ran: {found}. Start it again.")
+        return BrokenFileError(
+            f"{self.label}: llama.cpp cannot run this file: {found}. `whit inspect` shows what is in it."
+        )
 
     def answer(self, prompt: str | Messages, settings: Settings) -> Generation:
         """Continue a text as it stands, or answer a conversation; work starts with the first piece.
@@ -159,11 +164,11 @@ def _refusal(path: str, error: dict[str, Any]) -> RecipeError:
     return RecipeError(f"{path}: llama.cpp refuses the request: {str(error.get('message', error)).rstrip('.')}.")
 
 
-def _failure(path: str, status: int, log: IO[str]) -> str:
+def _reason(status: int, log: IO[str]) -> str:
     """What went wrong, in the words of the runtime's log."""
     log.seek(0)
     lines = [line.strip() for line in log if line.strip()]
     reasons = [line.split("error loading model:", 1)[1].strip() for line in lines if "error loading model:" in line]
     errors = [re.sub(r"^[\d.]+ E ", "", line) for line in lines if re.match(r"[\d.]+ E ", line)]
-    found = (reasons or errors or lines[-1:] or [f"it ended with status {status} and said nothing"])[-1]
-    return f"{path}: llama.cpp cannot run this file: {found.rstrip('.')}. `whit inspect` shows what is in it."
+    found: str = (reasons or errors or lines[-1:] or [f"it ended with status {status} and said nothing"])[-1]
+    return found.rstrip(".")

@@ -9,7 +9,6 @@ Source: https://platform.openai.com/docs/api-reference, as the official client o
 from __future__ import annotations
 
 import json
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from whit.errors import RecipeError
 from whit.runtime.answer import Messages, Settings, Timings
 
 TOKENS = ("max_completion_tokens", "max_tokens", "n_predict")  # names for one thing, the first one holds
-ANSWERS = ("n", "n_cmpl")  # the same
+ANSWERS = ("n", "n_cmpl")  # likewise
 ALTERNATIVES = ("logprobs", "top_logprobs", "n_probs")
-MOST_ALTERNATIVES = 20  # tokens that an answer may list for each of its own: OpenAI's limit
+MOST_ALTERNATIVES = 20  # OpenAI's number; without one, a short request asks for the whole vocabulary at every token
 DONE = b"data: [DONE]\n\n"
 
 
@@ -46,14 +45,16 @@ class Refused(Exception):
 class Asked:
     """A request that was checked.
 
-    chat     whether it is a conversation
-    body     as it came, but with the limits in it
-    stream   whether the answer is wanted piece by piece
+    chat      whether it is a conversation
+    body      as it came, but with the limits in it
+    stream    whether the answer is wanted piece by piece
+    settings  what the body says of them
     """
 
     chat: bool
     body: Mapping[str, Any]
     stream: bool
+    settings: Settings
 
 
 def asked(raw: bytes, chat: bool, n_tokens: int, n_answers: int) -> Asked:
@@ -71,22 +72,20 @@ def asked(raw: bytes, chat: bool, n_tokens: int, n_answers: int) -> Asked:
     stream = body.get("stream") or False
     if not isinstance(stream, bool):
         raise Refused(400, f"stream is {stream!r}; it is true or false.")
-    choices = max([_whole(body, name, 1) for name in ANSWERS if body.get(name) is not None], default=1)
+    counted = [name for name in ANSWERS if body.get(name) is not None]
+    choices = _whole(body, counted[0], 1) if counted else 1
     answers = choices * (1 if chat else _prompts(body))
     if chat:
         _messages(body)
     if not 1 <= answers <= n_answers:
         raise Refused(400, f"The request asks for {answers} answers at once; this server gives 1 to {n_answers}.")
-    for name in ALTERNATIVES:
-        if isinstance(body.get(name), int | float) and body[name] > MOST_ALTERNATIVES:
-            raise Refused(400, f"{name} is {body[name]}; at most {MOST_ALTERNATIVES} are listed.")
-    for name, neutral in _NOWHERE.items():
-        if body.get(name) is not None and not _among(body[name], neutral):
-            raise Refused(400, f"{name} is not supported.", "unsupported_parameter")
-    limited = {name: value for name, value in body.items() if name not in TOKENS}
+    _alternatives(body)
+    _nobody(body, choices)
+    limited = {name: value for name, value in body.items() if name not in (*TOKENS, *ANSWERS)}
+    if counted:
+        limited["n"] = choices
     limited["max_tokens"] = n_tokens if wanted == -1 else min(wanted, n_tokens)
-    _settings(limited)  # what makes no sense is refused for every runtime
-    return Asked(chat, limited, stream)
+    return Asked(chat, limited, stream, _settings(limited))
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -123,6 +122,23 @@ def _prompts(body: Mapping[str, Any]) -> int:
     raise Refused(400, "prompt is missing or no text; it is a text, a list of texts or a list of token ids.")
 
 
+def _alternatives(body: Mapping[str, Any]) -> None:
+    """Raises Refused for more likely tokens beside each one than an answer may list."""
+    for name in ALTERNATIVES:
+        value = body.get(name)
+        if value is None or (name == "logprobs" and isinstance(value, bool)):
+            continue
+        if not 0 <= _whole(body, name, 0) <= MOST_ALTERNATIVES:
+            raise Refused(400, f"{name} is {str(value)[:40]}; ask for 0 to {MOST_ALTERNATIVES}.")
+
+
+def _nobody(body: Mapping[str, Any], choices: int) -> None:
+    """Raises Refused for what no runtime here does; llama.cpp would not say so."""
+    for name, neutral in {"echo": False, "suffix": "", "best_of": choices}.items():
+        if body.get(name) is not None and body[name] != neutral:
+            raise Refused(400, f"{name} is not supported; leave it out.", "unsupported_parameter")
+
+
 def _messages(body: Mapping[str, Any]) -> None:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -133,16 +149,17 @@ def _messages(body: Mapping[str, Any]) -> None:
 
 
 def _settings(body: Mapping[str, Any]) -> Settings:
-    """How an answer is written. Raises Refused (400) for values that make no sense."""
-    stop = body.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
+    """How an answer is written. Raises Refused for values that make no sense; llama.cpp takes them as it likes."""
+    stop = body.get("stop")
+    if stop is None or isinstance(stop, str):
+        stop = [stop] if stop else []
     if not isinstance(stop, list) or not all(isinstance(each, str) for each in stop):
         raise Refused(400, "stop is a text or a list of texts.")
     seed = body.get("seed")
     if seed is None:
         seed = secrets.randbits(63)  # nobody asked for the same answer twice
     elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise Refused(400, f"seed is {str(seed)[:40]}; a whole number of at most 64 bits is needed.")
+        raise Refused(400, f"seed is {str(seed)[:40]}; a whole number is needed.")
     try:
         return Settings(body["max_tokens"], _number(body, "temperature"), seed, _number(body, "top_p"), tuple(stop))
     except RecipeError as error:
@@ -153,56 +170,75 @@ def _number(body: Mapping[str, Any], name: str) -> float:
     value = body.get(name)
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Refused(400, f"{name} is {str(value)[:40]}; a number is needed.")
-    return float(value)
-
-
-def _among(value: Any, others: Sequence[Any]) -> bool:
-    """Whether it equals one of them; False is not 0 here."""
-    return any(isinstance(value, bool) is isinstance(each, bool) and value == each for each in others)
-
-
-# What OpenAI's interface has and no runtime here. At these values it changes nothing.
-_NOWHERE: dict[str, tuple[Any, ...]] = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float):
+            return float(value)
+    except OverflowError:  # whole numbers of JSON have any length
+        pass
+    raise Refused(400, f"{name} is {str(value)[:40]}; a number is needed.")
 
 
 # ---- for a runtime of ours -------------------------------------------------------------------------------------
 
-# What OpenAI's interface has and our own runtime has not. At these values it changes nothing.
+# What llama.cpp's server has and our own runtime has not. At these values it changes nothing.
 _WITHOUT: dict[str, tuple[Any, ...]] = {
+    "chat_template_kwargs": ({},),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
     "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
+    "grammar": ("",),
+    "ignore_eos": (False,),
+    "json_schema": (),
+    "logit_bias": ({}, []),
     "logprobs": (False,),
+    "lora": ([],),
     "min_p": (0,),
+    "mirostat": (0,),
     "modalities": (["text"],),
+    "n_probs": (0,),
     "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "reasoning_format": ("none",),
+    "repeat_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "samplers": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_k": (0, -1),
     "top_logprobs": (0,),
+    "top_n_sigma": (-1,),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
 }
-# What changes nothing in an answer of a folder, or is heeded.
-_KNOWN = {
-    *("model", "messages", "prompt", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens"),
-    *ANSWERS, *_NOWHERE, *_WITHOUT,
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"),
-    *("prompt_cache_retention", "cache_prompt", "id_slot", "timings_per_token", "return_progress"),
-}  # fmt: skip
+
+# What is understood, and what programs send that changes no answer: records, caches, and numbers of what is refused.
+# fmt: off
+_FREE = frozenset({
+    "model", "messages", "prompt", "n", "max_tokens", "stream", "stream_options", "temperature", "top_p", "seed",
+    "stop", "echo", "suffix", "best_of", "user", "metadata", "store", "service_tier", "safety_identifier",
+    "prompt_cache_key", "prompt_cache_retention", "prediction", "parallel_tool_calls", "cache_prompt", "id_slot",
+    "timings_per_token", "return_progress", "n_keep", "n_discard", "dry_base", "dry_allowed_length",
+    "dry_penalty_last_n", "dry_sequence_breakers", "dynatemp_exponent", "mirostat_tau", "mirostat_eta",
+    "repeat_last_n", "xtc_threshold",
+})
+# fmt: on
 
 
 def settings_of(request: Asked) -> Settings:
-    """How an answer is written. Raises Refused (400) for values that make no sense, or that only llama.cpp knows."""
-    body = request.body
-    for name, neutral in _WITHOUT.items():
-        if body.get(name) is not None and not _among(body[name], neutral):
-            raise Refused(400, f"{name} is not supported for folders; a GGUF file has it.", "unsupported_parameter")
-    unknown = sorted(name for name, value in body.items() if name not in _KNOWN and value is not None)
-    if unknown:
-        raise Refused(400, f"{', '.join(unknown)}: not known here, for folders.", "unsupported_parameter")
-    return _settings(body)
+    """How an answer is written. Raises Refused (400) for what only llama.cpp knows, and for what nobody knows."""
+    for name, value in request.body.items():
+        if value is None or name in _FREE or any(_same(value, each) for each in _WITHOUT.get(name, ())):
+            continue
+        why = "not supported for folders; a GGUF file has it" if name in _WITHOUT else "not known here; leave it out"
+        raise Refused(400, f"{name[:40]} is {why}.", "unsupported_parameter")
+    return request.settings
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal, as JSON sees it: Python takes 0 for False."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
 def prompt_of(request: Asked) -> str | Messages:

@@ -14,7 +14,7 @@ from whit.runtime.llama import LlamaRuntime
 from whit.runtime.openai import Asked, Refused
 
 ENDED = "llama.cpp's process has ended; start the server again."
-COMPUTING = "Compute error"  # how llama.cpp begins its own failures
+COMPUTING = "Compute error"  # how its own failures begin
 EVENTS = "text/event-stream"
 
 
@@ -81,10 +81,10 @@ def _error(response: httpx2.Response) -> dict[str, Any]:
 def _refused(status: int, error: dict[str, Any], dead: bool) -> Refused:
     if error.get("type") == "exceed_context_size_error":
         return too_long(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
+    # It calls many of a request's own mistakes (an image, a chat template that refuses) an error of the server, and
+    # clients send those again and again. An error with a type is its verdict on a request, as long as it lives.
     message = str(error.get("message", "no reason given"))
-    # It calls some of a request's own mistakes, pictures and a chat template that refuses among them, an error of the
-    # server; clients try such requests again.
-    if status == 500 and not dead and not message.startswith(COMPUTING):
+    if status == 500 and "type" in error and not dead and not message.startswith(COMPUTING):
         status = 400
     return Refused(status, f"llama.cpp refuses the request: {message}")
 
