@@ -122,20 +122,24 @@ def test_a_whole_folder_replaces_everything(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def holder(path: Path, kind: str) -> subprocess.Popen[str]:
+    """Another process that has begun to write `path`, and ends it when its stdin is closed."""
+    command = [sys.executable, "-c", HOLD, str(path), kind]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "writing\n"
+    return other
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there the system itself refuses")
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_two_runs_do_not_write_the_same_output_at_once(kind: str, tmp_path: Path) -> None:
     path, writer = tmp_path / "out", whole_folder if kind == "folder" else whole_file
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdin is not None
-    assert other.stdout is not None
-    assert other.stdout.readline() == "writing\n"
+    other = holder(path, kind)
     with pytest.raises(OutputError, match="another run is writing it"), writer(path, 0, True):
         pytest.fail("both write")
-    other.stdin.close()
-    assert other.wait() == 0
+    other.communicate()
+    assert other.returncode == 0
     written = path / "config.json" if kind == "folder" else path
     assert written.read_text() == "theirs"
     with writer(path, 0, True) as it:
@@ -147,11 +151,7 @@ def test_two_runs_do_not_write_the_same_output_at_once(kind: str, tmp_path: Path
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_run_left_is_no_obstacle(kind: str, tmp_path: Path) -> None:
     path, writer = tmp_path / "out", whole_folder if kind == "folder" else whole_file
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout is not None
-    other.stdout.readline()
+    other = holder(path, kind)
     other.kill()
     other.communicate()
     assert (tmp_path / ".out.partial").exists()

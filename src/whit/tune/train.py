@@ -24,13 +24,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from whit.errors import ModelError, RecipeError, TextError
+from whit.errors import RecipeError, TextError
 from whit.evaluation.divergence import mean_and_error
 from whit.live.learner import Learner
-from whit.live.quantize import twins_of
-from whit.live.run import Call, logits_of, steady
 from whit.tune.adam import OFFSETS, Adam, Rates, Vector
 from whit.tune.blocks import Blocks
+from whit.tune.given import check_models, check_windows
 from whit.tune.halves import Halves, fast
 from whit.tune.losses import Wanted, backward, losses
 from whit.tune.moving import FULL, RANK, SCALES, borrowers, collect, give_back, learn, lent, settle, vectors_of
@@ -132,55 +131,24 @@ def train(
     otherwise, like RecipeError, as `learn` does.
     """
     tuning = tuning or Tuning()
-    _check_windows(windows)
+    check_windows(windows)
     if held_out is None:
         if len(windows) < 4:
             raise TextError(f"{len(windows)} windows are too few to keep some apart: at least 4 are needed.")
         n = max(1, len(windows) // 8)
         held_out, windows = windows[:n], windows[n:]
-    _check_windows(held_out)
+    check_windows(held_out)
     if held_out.shape[1] != windows.shape[1]:
         raise TextError(
             f"Windows to train on have {windows.shape[1]} tokens, those to decide on {held_out.shape[1]}: cut alike."
         )
-    _check_models(model, teacher, windows)
+    check_models(model, teacher, windows)
     learners = learn(model, tuning.train, tuning.rank, tuning.seed, tuning.by_blocks(teacher is not None))
     with training_mode(model, tuning.checkpoints):
         run = Run(model, learners, torch.cat([held_out, windows]), len(held_out), tuning)
         found = run.train(None if teacher is None else Teacher(teacher, run.ids, len(held_out)), progress)
     settle(model)
     return found
-
-
-def _check_windows(ids: Tensor) -> None:
-    """Raise TextError for what is no windows of token ids, or none in which a token follows another."""
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-        raise TextError(f"Windows are token ids [n, length] int64 in one tensor, found {found}.")
-    if len(ids) < 1 or ids.shape[1] < 2:
-        raise TextError(f"Windows of at least 2 tokens are needed, and one of them, found {list(ids.shape)}.")
-
-
-def _check_models(model: nn.Module, teacher: nn.Module | None, ids: Tensor) -> None:
-    """Raise ModelError for a model that products in bfloat16 cannot be made of, and for a teacher that is none."""
-    if any(value.dtype == torch.float64 for value in model.parameters()):
-        raise ModelError("A model is trained in float32, bfloat16 or float16, found float64: call model.float() first.")
-    if teacher is None:
-        return
-    if not set(twins_of(model)).isdisjoint(twins_of(teacher)):
-        raise ModelError("The teacher is the quantized model itself: load the original once more and give that.")
-    own, theirs = (_n_logits(each, ids[:1, :2]) for each in (model, teacher))
-    if own != theirs:
-        raise ModelError(
-            f"The teacher's logits are of {theirs} tokens, those of the model of {own}: it can only follow a model of "
-            "the same vocabulary."
-        )
-
-
-def _n_logits(model: nn.Module, ids: Tensor) -> int:
-    ids = ids.to(next(model.parameters()).device)
-    with torch.no_grad(), steady(model), fast(ids.device):
-        return logits_of(model, Call((ids,), {})).shape[-1]
 
 
 @contextmanager
