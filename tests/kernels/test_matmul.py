@@ -23,7 +23,7 @@ from whit.kernels.matmul import dequantize, linear, linear_int8, native, quantiz
 from whit.kernels.packed import Packed, pack, unpack
 from whit.rounding.nearest import nearest
 
-SETS = ("none", "generic", "avx2", "avx512-vnni", "neon")
+SETS = ("none", "generic", "avx2", "avx512-vnni", "avx512-vnni, four tiles", "neon")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # One of each kind of levels, offset, scale dtype and unit.
 SOME = (
@@ -392,15 +392,15 @@ def test_an_index_out_of_range_is_refused(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["q4_0", "int8", "q5_1", "kmeans4-g64"])
-def test_threads_do_not_change_a_bit(name: str) -> None:
-    if library.NATIVE is None:
-        pytest.skip("the package was built without a compiler")
-    packed, _ = packed_of(name, 512, 512)
-    x, before = activations(3, 512), torch.get_num_threads()
+@pytest.mark.parametrize("m", [1, 3])  # one row of x may be served by functions of several tiles, where a thread is alone
+def test_threads_do_not_change_a_bit(kernels: str, name: str, m: int) -> None:
+    packed, _ = packed_of(name, 528, 512)
+    x, before = activations(m, 512), torch.get_num_threads()
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append([linear(x, packed), linear_int8(*quantize_rows(x), packed, None, torch.float32)])
+        half = linear(x.bfloat16(), packed)
+        results.append([linear(x, packed), half, linear_int8(*quantize_rows(x), packed, None, torch.float32)])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

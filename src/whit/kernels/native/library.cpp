@@ -11,6 +11,7 @@ namespace {
 const Kernels* chosen = nullptr;
 
 const Kernels* best() {
+  if (four_tiles_are_faster()) return avx512_four_tiles();
   for (const Kernels* each : {avx512(), avx2(), neon()})
     if (each) return each;
   return generic();
@@ -91,7 +92,7 @@ using Streams = decltype(Kernels::streams_int8);
 void run_tiles(Tile tile_of, Streams streams, const Matrix& w, const Activations& a, const float* x_scale,
                int64_t scale_step, const void* bias, void* y, int type, int threads) {
   const int64_t tiles = (w.rows + LANES - 1) / LANES;
-  // one thread gets more from memory with several tiles under way; two or more are faster with one each
+  // one thread may get more from memory with several tiles under way; two or more are faster with one each
   const int64_t step = streams && a.m == 1 && threads == 1 ? STREAMS : 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t from = 0; from < tiles; from += step) {
@@ -181,7 +182,7 @@ WHIT_EXPORT const char* whit_name() { return kernels()->name; }
 
 // For tests: use the kernels of this name. Returns whether this processor has them.
 WHIT_EXPORT int whit_choose(const char* name) {
-  for (const Kernels* each : {avx512(), avx2(), neon(), generic()})
+  for (const Kernels* each : {avx512(), avx512_four_tiles(), avx2(), neon(), generic()})
     if (each && !strcmp(each->name, name)) {
       chosen = each;
       return 1;

@@ -114,6 +114,8 @@ struct Kernels {
 const Kernels* generic();
 const Kernels* avx2();    // null where the processor or the compiler lacks it
 const Kernels* avx512();
+const Kernels* avx512_four_tiles();  // with functions of STREAMS tiles
+bool four_tiles_are_faster();
 const Kernels* neon();
 const Wide* amx();
 
