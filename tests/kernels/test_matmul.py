@@ -392,7 +392,7 @@ def test_an_index_out_of_range_is_refused(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["q4_0", "int8", "q5_1", "kmeans4-g64"])
-@pytest.mark.parametrize("m", [1, 3])  # one row of x may be served by functions of several tiles, where a thread is alone
+@pytest.mark.parametrize("m", [1, 3])  # one row may be served by functions of several tiles
 def test_threads_do_not_change_a_bit(kernels: str, name: str, m: int) -> None:
     packed, _ = packed_of(name, 528, 512)
     x, before = activations(m, 512), torch.get_num_threads()

@@ -83,7 +83,8 @@ def rows(packed: Packed, index: Tensor, dtype: torch.dtype = torch.float32) -> T
 
 
 def native() -> str:
-    """Which native code is used: "avx512-vnni", "avx512-vnni, four tiles", "avx2", "neon", "generic", or "none" without any."""
+    """Which native code is used: "avx512-vnni" (", four tiles" on Intel's processors), "avx2", "neon", "generic", or "none"
+    without any."""
     return "none" if library.NATIVE is None else library.NATIVE.name
 
 

@@ -361,7 +361,7 @@ void decode(const Matrix& w, const uint8_t* codes, int64_t tile, int64_t lane, v
 
 constexpr Kernels kernels = {"avx512-vnni", false, tiles_of<Floats>, tiles_of<Integers>, tiles_of<Fixed>, fixed<PARTS>,
                              row_float<Book>, row_beside, unpack, decode, nullptr, nullptr, tiles_of<Halves>,
-                             fixed<HALF_PARTS>};
+                             fixed<HALF_PARTS>, nullptr, amx};
 
 constexpr Kernels with_streams() {
   Kernels k = kernels;
@@ -389,8 +389,6 @@ bool usable() {
 
 const Kernels* avx512() { return usable() ? &kernels : nullptr; }
 const Kernels* avx512_four_tiles() { return usable() ? &four_tiles : nullptr; }
-// One thread of an Intel processor gets more from memory with four tiles under way, one of AMD's a quarter less.
-bool four_tiles_are_faster() { return usable() && __builtin_cpu_is("intel"); }
 
 }  // namespace whit
 
@@ -399,7 +397,6 @@ bool four_tiles_are_faster() { return usable() && __builtin_cpu_is("intel"); }
 namespace whit {
 const Kernels* avx512() { return nullptr; }
 const Kernels* avx512_four_tiles() { return nullptr; }
-bool four_tiles_are_faster() { return false; }
 }  // namespace whit
 
 #endif

@@ -78,7 +78,7 @@ enum Width { PLAIN, MEDIUM, WIDE };
 
 Width width() {
 #ifdef WHIT_MORE
-  if (kernels() == avx512()) return WIDE;
+  if (kernels() == avx512() || kernels() == avx512_four_tiles()) return WIDE;
   if (kernels() == avx2()) return MEDIUM;
 #endif
   return PLAIN;

@@ -28,6 +28,7 @@ struct Given {
 const Kernels* kernels();  // those in use
 
 constexpr int64_t ALIGN = 64;
+constexpr int64_t MOST_TOGETHER = 8;  // products of one x in one call
 constexpr int64_t SMALL = 1 << 17;  // weights times rows of x below which a second thread does not pay
 
 // Uninitialised memory of one thread, kept from call to call: a fresh allocation of this size costs page faults.

@@ -6,13 +6,23 @@
 #include <initializer_list>
 
 namespace whit {
+
+const bool AMD = [] {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+  __builtin_cpu_init();
+  return bool(__builtin_cpu_is("amd"));
+#else
+  return false;
+#endif
+}();
+
 namespace {
 
 const Kernels* chosen = nullptr;
 
 const Kernels* best() {
-  if (four_tiles_are_faster()) return avx512_four_tiles();
-  for (const Kernels* each : {avx512(), avx2(), neon()})
+  // one thread of an Intel processor gets more from memory with four tiles under way, one of AMD's a quarter less
+  for (const Kernels* each : {AMD ? avx512() : avx512_four_tiles(), avx2(), neon()})
     if (each) return each;
   return generic();
 }
@@ -87,33 +97,61 @@ void finish(const float* sums, int64_t first, int64_t n, int64_t row, int64_t n_
 using Tile = decltype(Kernels::tile_int8);
 using Streams = decltype(Kernels::streams_int8);
 
-// The result of all tiles; `streams`, where there is one, serves a single row of x. What a tile gives does not depend on
-// which of the two served it.
-void run_tiles(Tile tile_of, Streams streams, const Matrix& w, const Activations& a, const float* x_scale,
-               int64_t scale_step, const void* bias, void* y, int type, int threads) {
-  const int64_t tiles = (w.rows + LANES - 1) / LANES;
-  // one thread may get more from memory with several tiles under way; two or more are faster with one each
-  const int64_t step = streams && a.m == 1 && threads == 1 ? STREAMS : 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t from = 0; from < tiles; from += step) {
+// A matrix in the tile form, x as its kernels take it, and where the result goes; x_scale as in `finish`. `streams`, where
+// there is one, serves a single row of x. What a tile gives does not depend on which of the two served it.
+struct Product {
+  Tile tile_of;
+  Streams streams;
+  Matrix w;
+  Activations a;
+  const float* x_scale;
+  int64_t scale_step;
+  const void* bias;
+  void* y;
+  int type;
+
+  int64_t tiles() const { return (w.rows + LANES - 1) / LANES; }
+
+  void run(int64_t tile) const {
     alignas(64) float out[MOST * LANES];
-    static_assert(STREAMS <= MOST);
-    if (step == STREAMS && from + STREAMS <= tiles) {
-      streams(w, a, from, out);
-      for (int64_t t = 0; t < STREAMS; t++) {
-        const int64_t row = (from + t) * LANES, n_rows = w.rows - row < LANES ? w.rows - row : LANES;
-        finish(out + t * LANES, 0, 1, row, n_rows, w.rows, x_scale, scale_step, bias, y, type);
-      }
-      continue;
+    const int64_t row = tile * LANES, n_rows = w.rows - row < LANES ? w.rows - row : LANES;
+    for (int64_t first = 0; first < a.m; first += MOST) {
+      const int64_t n = a.m - first < MOST ? a.m - first : MOST;
+      tile_of(w, a, tile, first, n, out);
+      finish(out, first, n, row, n_rows, w.rows, x_scale, scale_step, bias, y, type);
     }
-    for (int64_t tile = from; tile < from + step && tile < tiles; tile++) {
-      const int64_t row = tile * LANES, n_rows = w.rows - row < LANES ? w.rows - row : LANES;
-      for (int64_t first = 0; first < a.m; first += MOST) {
-        const int64_t n = a.m - first < MOST ? a.m - first : MOST;
-        tile_of(w, a, tile, first, n, out);
-        finish(out, first, n, row, n_rows, w.rows, x_scale, scale_step, bias, y, type);
-      }
+  }
+
+  void run_streams(int64_t from) const {
+    alignas(64) float out[STREAMS * LANES];
+    streams(w, a, from, out);
+    for (int64_t t = 0; t < STREAMS; t++) {
+      const int64_t row = (from + t) * LANES, n_rows = w.rows - row < LANES ? w.rows - row : LANES;
+      finish(out + t * LANES, 0, 1, row, n_rows, w.rows, x_scale, scale_step, bias, y, type);
     }
+  }
+};
+
+// All tiles of n products, as if they were one matrix.
+void run_tiles(const Product* products, int64_t n, int threads) {
+  if (threads == 1) {
+    for (const Product* p = products; p < products + n; p++) {
+      int64_t tile = 0;
+      // one thread may get more from memory with several tiles under way; two or more are faster with one each
+      if (p->streams && p->a.m == 1)
+        for (; tile + STREAMS <= p->tiles(); tile += STREAMS) p->run_streams(tile);
+      for (; tile < p->tiles(); tile++) p->run(tile);
+    }
+    return;
+  }
+  int64_t tiles = 0;
+  for (const Product* p = products; p < products + n; p++) tiles += p->tiles();
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < tiles; i++) {
+    const Product* p = products;
+    int64_t tile = i;
+    for (; tile >= p->tiles(); p++) tile -= p->tiles();
+    p->run(tile);
   }
 }
 
@@ -190,26 +228,59 @@ WHIT_EXPORT int whit_choose(const char* name) {
   return 0;
 }
 
-// y [m][rows] = x [m][cols] times the transposed matrix + bias [rows]; x, bias and y of `type`.
-WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y, int type, int threads, const Given* given) {
-  const Matrix w = matrix(given);
-  threads = threads_for(w, m, threads);
-  const int64_t n_segments = w.groups * segments_of(w.group, FIXED);
-  scratch.reserve(m * (w.padded * (4 + PARTS) + n_segments * 20) + 8 * ALIGN);
+namespace {
+
+int64_t room_of(const Matrix& w, int64_t m) {  // bytes of scratch for x
+  return m * (w.padded * (4 + PARTS) + w.groups * segments_of(w.group, FIXED) * 20) + 8 * ALIGN;
+}
+
+const float* padded_floats(const Matrix& w, const void* x, int64_t m, int type) {
   float* padded = scratch.take<float>(m * w.padded);
   for (int64_t i = 0; i < m; i++) {
     to_floats(x, i * w.cols, w.cols, type, padded + i * w.padded);
     memset(padded + i * w.padded + w.cols, 0, size_t(w.padded - w.cols) * 4);
   }
-  if (w.books) return run_rows(w, padded, m, nullptr, 0, bias, y, type, threads);
+  return padded;
+}
+
+Product product_of(const Matrix& w, const void* x, int64_t m, const void* bias, void* y, int type) {
+  const float* padded = padded_floats(w, x, m, type);
   const Kernels* k = kernels();
-  if (w.integer && k->tile_fixed && finite(padded, m * w.padded)) {
-    if (type != F32 && k->tile_half)
-      return run_tiles(k->tile_half, k->streams_half, w, as_fixed(w, padded, m, HALF_PARTS), nullptr, 0, bias, y, type,
-                       threads);
-    return run_tiles(k->tile_fixed, k->streams_fixed, w, as_fixed(w, padded, m, PARTS), nullptr, 0, bias, y, type, threads);
+  Product p = {k->tile_float, nullptr, w, {}, nullptr, 0, bias, y, type};
+  if (!w.integer || !k->tile_fixed || !finite(padded, m * w.padded)) {
+    p.a = as_floats(w, padded, m);
+  } else if (type != F32 && k->tile_half) {
+    p.tile_of = k->tile_half, p.streams = k->streams_half, p.a = as_fixed(w, padded, m, HALF_PARTS);
+  } else {
+    p.tile_of = k->tile_fixed, p.streams = k->streams_fixed, p.a = as_fixed(w, padded, m, PARTS);
   }
-  run_tiles(kernels()->tile_float, nullptr, w, as_floats(w, padded, m), nullptr, 0, bias, y, type, threads);
+  return p;
+}
+
+}  // namespace
+
+// y [m][rows] = x [m][cols] times the transposed matrix + bias [rows]; x, bias and y of `type`.
+WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y, int type, int threads, const Given* given) {
+  const Matrix w = matrix(given);
+  threads = threads_for(w, m, threads);
+  scratch.reserve(room_of(w, m));
+  if (w.books) return run_rows(w, padded_floats(w, x, m, type), m, nullptr, 0, bias, y, type, threads);
+  const Product p = product_of(w, x, m, bias, y, type);
+  run_tiles(&p, 1, threads);
+}
+
+// The same for n <= MOST_TOGETHER matrices in the tile form and one x: `bias` and `y` of each.
+WHIT_EXPORT void whit_linear_together(const void* x, int64_t m, const void* const* bias, void* const* y, int type,
+                                      int threads, const Given* const* given, int64_t n) {
+  Product products[MOST_TOGETHER];
+  int64_t room = 0, work = 0;
+  for (int64_t i = 0; i < n; i++) {
+    products[i].w = matrix(given[i]);
+    room += room_of(products[i].w, m), work += products[i].w.rows * products[i].w.padded * m;
+  }
+  scratch.reserve(room);
+  for (int64_t i = 0; i < n; i++) products[i] = product_of(products[i].w, x, m, bias[i], y[i], type);
+  run_tiles(products, n, work < SMALL ? 1 : threads);
 }
 
 // y [m][rows] = x_scale [m or 1] * x [m][cols] int8 times the transposed matrix + bias.
@@ -223,7 +294,8 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
     for (int64_t i = 0; i < m; i++)
       for (int64_t j = 0; j < w.padded; j++) padded[i * w.padded + j] = j < w.cols ? float(x[i * w.cols + j]) : 0.0f;
     if (w.books) return run_rows(w, padded, m, x_scale, scale_step, bias, y, type, threads);
-    return run_tiles(kernels()->tile_float, nullptr, w, as_floats(w, padded, m), x_scale, scale_step, bias, y, type, threads);
+    const Product p = {kernels()->tile_float, nullptr, w, as_floats(w, padded, m), x_scale, scale_step, bias, y, type};
+    return run_tiles(&p, 1, threads);
   }
   const int64_t per_group = segments_of(w.group, SEGMENT), n_sums = w.groups * per_group;
   scratch.reserve(m * (w.padded + n_sums * 8) + 4 * ALIGN);
@@ -242,7 +314,8 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
   }
   Activations a = {};
   a.m = m, a.stride = w.padded, a.groups = w.groups, a.q = padded, a.q_sums = sums, a.q_start = starts(w, sums, m * n_sums);
-  run_tiles(kernels()->tile_int8, kernels()->streams_int8, w, a, x_scale, scale_step, bias, y, type, threads);
+  const Product p = {kernels()->tile_int8, kernels()->streams_int8, w, a, x_scale, scale_step, bias, y, type};
+  run_tiles(&p, 1, threads);
 }
 
 // q [m][cols] and scale [m] of x [m][cols]: symmetric, halves to even.

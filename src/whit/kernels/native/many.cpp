@@ -142,7 +142,7 @@ using namespace whit;
 WHIT_EXPORT int whit_linear_many(const void* x, int64_t m, const void* bias, void* y, int type, int threads,
                                  const Given* given) {
   const Matrix w = matrix(given);
-  const Wide* wide = kernels() == avx512() ? amx() : nullptr;
+  const Wide* wide = kernels()->wide ? kernels()->wide() : nullptr;
   if (!wide || w.books || (type != BF16 && !(w.integer && fits(w)))) return 0;
   const int64_t size = type == F32 ? 4 : 2, step = at_once(w, m, type == BF16 ? 2 : PARTS);
   for (int64_t first = 0; first < m; first += step) {
@@ -163,7 +163,7 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
 WHIT_EXPORT int whit_linear_int8_many(const int8_t* x, int64_t m, const float* x_scale, int64_t scale_step,
                                       const void* bias, void* y, int type, int threads, const Given* given) {
   const Matrix w = matrix(given);
-  const Wide* wide = kernels() == avx512() ? amx() : nullptr;
+  const Wide* wide = kernels()->wide ? kernels()->wide() : nullptr;
   if (w.books || !w.integer || kernels() == generic()) return 0;
   if (!wide || !fits(w)) {  // the products of few rows, again and again, are still the fastest with sums of integers
     const int64_t some = 256, size = type == F32 ? 4 : 2;  // so that copies of x stay small

@@ -1,14 +1,18 @@
 // Sixteen rows, or sixteen columns, in a register of AVX-512. Included where the instruction set is turned on.
 
-// Bytes that are asked for ahead of their use: the hardware's own prefetching stops at every page of 4 KiB, and without
-// this a matrix that comes from memory takes a third longer.
-constexpr int64_t AHEAD = 4096;
-
 #define WHIT_INLINE inline __attribute__((always_inline))
 
+// Bytes that are asked for ahead of their use: the hardware's own prefetching stops at every page of 4 KiB, and without
+// this a matrix that comes from memory takes a third longer. AMD's processors can pass by the second-level cache, which
+// leaves there what the rest of a model needs; on Intel's that takes twice the time.
+constexpr int64_t AHEAD = 4096, AHEAD_PASSING_BY = 6144;
+
 WHIT_INLINE void prefetch(const uint8_t* from, int64_t n) {
-  for (int64_t line = 0; line < n; line += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(from + line + AHEAD), _MM_HINT_T1);
+  const char* at = reinterpret_cast<const char*>(from);
+  if (AMD)
+    for (int64_t line = 0; line < n; line += 64) _mm_prefetch(at + line + AHEAD_PASSING_BY, _MM_HINT_NTA);
+  else
+    for (int64_t line = 0; line < n; line += 64) _mm_prefetch(at + line + AHEAD, _MM_HINT_T1);
 }
 
 WHIT_INLINE __m512i bytes16(const uint8_t* at) {

@@ -109,13 +109,14 @@ struct Kernels {
   void (*tile_half)(const Matrix&, const Activations&, int64_t tile, int64_t first, int64_t n, float* out) = nullptr;
   void (*fixed_half)(const float* x, int64_t n, int8_t* digits, Places to, float* scale, int32_t* sums) = nullptr;
   void (*streams_half)(const Matrix&, const Activations&, int64_t tile, float* out) = nullptr;
+  const Wide* (*wide)() = nullptr;  // tile units for many rows of x, where this processor has them; or null
 };
 
 const Kernels* generic();
 const Kernels* avx2();    // null where the processor or the compiler lacks it
 const Kernels* avx512();
 const Kernels* avx512_four_tiles();  // with functions of STREAMS tiles
-bool four_tiles_are_faster();
+extern const bool AMD;               // the maker of this processor
 const Kernels* neon();
 const Wide* amx();
 
