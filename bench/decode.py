@@ -120,7 +120,9 @@ def _measured(model: str, kind: str, tokens: int) -> dict[str, float]:
 
 def _module(model: str) -> nn.Module:
     if model not in SHAPES:
-        return load_module(open_model(model), torch.bfloat16)
+        module = load_module(open_model(model), torch.bfloat16)
+        module.set_attn_implementation("sdpa")  # what transformers takes when it loads a model
+        return module
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):

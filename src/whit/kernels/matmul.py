@@ -25,7 +25,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     Returns [..., rows] in x.dtype. Weights take their stored values, sums run in float32 (in torch's own way where it
     multiplies: x of more than a few rows). Gradients flow to x and to the bias.
     """
-    if _unwatched(x) and (ready := _ready(packed)) and library.NATIVE is not None and x.dtype in library.FLOATS:
+    if unwatched(x) and (ready := _ready(packed)) and library.NATIVE is not None and x.dtype in library.FLOATS:
         return library.NATIVE.linear(x, bias, *ready)
     form = packed.form
     if form.kind is Kind.PLAIN:
@@ -43,7 +43,7 @@ def linear_int8(
     bias   [rows], any float dtype
     Returns [..., rows] in `dtype`.
     """
-    if _unwatched(x) and (ready := _ready(packed)) and library.NATIVE is not None:
+    if unwatched(x) and (ready := _ready(packed)) and library.NATIVE is not None:
         return library.NATIVE.linear_int8(x, scale, bias, dtype, *ready)
     form = packed.form
     if form.kind is Kind.PLAIN:
@@ -58,7 +58,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x  [..., cols] float32, bfloat16 or float16
     A row of zeros has scale 1 and codes 0.
     """
-    if library.NATIVE is not None and _unwatched(x) and x.dtype in library.FLOATS:
+    if library.NATIVE is not None and unwatched(x) and x.dtype in library.FLOATS:
         return library.NATIVE.quantize_rows(x)
     return torch.ops.whit.quantize_rows.default(x)
 
@@ -83,12 +83,12 @@ def rows(packed: Packed, index: Tensor, dtype: torch.dtype = torch.float32) -> T
 
 
 def native() -> str:
-    """Which native code is used: "avx512-vnni" (", four tiles" on Intel's processors), "avx2", "neon", "generic", or "none"
-    without any."""
+    """Which native code is used: "avx512-vnni" (", four tiles" on Intel's processors), "avx2", "neon", "generic", or
+    "none" without any."""
     return "none" if library.NATIVE is None else library.NATIVE.name
 
 
-def _unwatched(x: Tensor) -> bool:
+def unwatched(x: Tensor) -> bool:
     """Whether nothing but a product's numbers is asked for, so that torch need not know of it.
 
     Its dispatcher takes longer than a small product, and much longer when a large one has just emptied the caches.

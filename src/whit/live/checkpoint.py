@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from whit.checkpoints.quantized import WEIGHT, QuantizedTensors
 from whit.errors import ModelError
 from whit.grids.quantized import QuantizedTensor
+from whit.live.attention import attend_natively
 from whit.live.experts import QExpert, QExperts
 from whit.live.quantize import swap, twin_of
 from whit.live.stored import Frozen, settle
@@ -96,6 +97,7 @@ def live_model(model: Model, dtype: torch.dtype) -> nn.Module:
                 each.register_forward_pre_hook(input_hook(scheme))
     swap(module, made)
     settle(module)
+    attend_natively(module)
     filled: dict[int, nn.Parameter] = {}  # by the identity of originals, which are still there
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if id(parameter) not in filled:

@@ -24,6 +24,7 @@ from whit.allocator import return_memory
 from whit.errors import BadWeightsError, RecipeError
 from whit.grids.grid import Grid
 from whit.grids.named import grid_name
+from whit.live.attention import attend_natively
 from whit.live.experts import NAMES, QExperts, has_experts
 from whit.live.feedback import Progress, feedback
 from whit.live.inputs import Inputs
@@ -189,6 +190,7 @@ def freeze(model: nn.Module) -> Memory:
         ties.freeze(twin, lambda twin=twin: Frozen.of(twin.quantized()))  # type: ignore[misc]
     del ties
     settle(model)
+    attend_natively(model)
     return_memory()
     return Memory(before, n_bytes(model))
 

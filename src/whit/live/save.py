@@ -25,6 +25,7 @@ from whit.grids.grid import Grid, Spec
 from whit.grids.named import grid_name, grid_named
 from whit.kernels.form import buffer_specs
 from whit.kernels.packed import Packed
+from whit.live.attention import attend_natively
 from whit.live.checkpoint import check_buffers, empty_model, fill_buffers, live_checkpoint
 from whit.live.experts import QExperts
 from whit.live.inputs import Inputs
@@ -126,6 +127,7 @@ def load(path: str | Path, model: nn.Module | None = None, dtype: torch.dtype | 
     for twin in (each for each in model.modules() if isinstance(each, Twin) and not each.told):
         twin.like = twin.like.to(like)  # of the others the file says it
     settle(model)
+    attend_natively(model)
     return model.eval()
 
 
