@@ -40,7 +40,7 @@ def main() -> None:
 def _measured(dtype: torch.dtype, heads: int, key_heads: int, n: int) -> tuple[float, float]:
     q = torch.randn(1, heads, 1, WIDTH).to(dtype)
     k, v = (torch.randn(1, key_heads, n, WIDTH).to(dtype) for _ in range(2))
-    both: tuple[Callable[[], Tensor], ...] = (
+    both: tuple[Callable[[], Tensor | None], ...] = (
         lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True),
         lambda: attend(q, k, v),
     )

@@ -35,27 +35,26 @@ if LIBRARY is not None:
     LIBRARY.whit_attend.argtypes, LIBRARY.whit_attend.restype = (ctypes.POINTER(_Attention), ctypes.c_int), None
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend` takes these: native code is there, one query, one float dtype, heads that share evenly, and
-    whole lanes of numbers side by side."""
+def _serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """One query, one float dtype, heads that share evenly, and whole lanes of numbers side by side."""
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
     return (
-        LIBRARY is not None
-        and q.dim() == k.dim() == v.dim() == 4
-        and q.shape[2] == 1
-        and q.dtype == k.dtype == v.dtype
+        len(of_q) == len(of_k) == len(of_v) == 4
+        and of_q[2] == 1
         and q.dtype in FLOATS
+        and q.dtype is k.dtype is v.dtype
         and q.is_cpu and k.is_cpu and v.is_cpu
-        and q.shape[0] == k.shape[0] == v.shape[0]
-        and k.shape[:3] == v.shape[:3]
-        and k.shape[1] > 0 and k.shape[2] > 0
-        and q.shape[1] % k.shape[1] == 0
-        and q.shape[3] == k.shape[3]
-        and k.shape[3] % LANES == 0 and v.shape[3] % LANES == 0
+        and of_q[0] == of_k[0]
+        and of_k[:3] == of_v[:3]
+        and of_k.numel() > 0
+        and of_q[1] % of_k[1] == 0
+        and of_q[3] == of_k[3]
+        and of_k[3] % LANES == 0 and of_v[3] % LANES == 0
         and k.stride(3) == 1 and v.stride(3) == 1
     )  # fmt: skip
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor | None:
     """Attention of one query of each head. Sums run in float32 and are rounded once.
 
     q      [rows, heads, 1, width] float32, bfloat16 or float16
@@ -63,30 +62,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
            share them; both widths multiples of 16
     mask   [rows or 1, 1, 1, n]: bool, True for what may be seen, or floats that are added to the scores
     scale  1 / sqrt(width) unless it is given
-    Returns [rows, 1, heads, value width] in q's dtype; zeros where nothing may be seen.
-    Raises ValueError for what `serves` does not hold of, and for masks of other shapes.
+    Returns [rows, 1, heads, value width] in q's dtype; zeros where nothing may be seen. None for anything else than
+    these, tensors on other devices, and without native code: then torch's own is to be taken.
     """
-    if not serves(q, k, v):
-        raise ValueError(f"attention of one token takes no q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}")
+    if LIBRARY is None or not _serves(q, k, v):
+        return None
     rows, heads, _, width = q.shape
-    key_heads, n, value_width = v.shape[1], v.shape[2], v.shape[3]
-    added = None if mask is None else _added(mask, rows, n)
+    _, key_heads, n, value_width = v.shape
+    added = None
+    if mask is not None:
+        if mask.dim() != 4 or mask.shape[0] not in (1, rows) or mask.shape[1:] != (1, 1, n) or not mask.is_cpu:
+            return None
+        added = _added(mask, rows, n)
     q = q.contiguous()
-    out = q.new_empty((rows, 1, heads, value_width))
+    out = q.new_empty(rows, 1, heads, value_width)
     given = _Attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), None if added is None else added.data_ptr(), out.data_ptr(),
         rows, heads, key_heads, n, width, value_width, *k.stride()[:3], *v.stride()[:3], FLOATS[q.dtype],
         width**-0.5 if scale is None else scale,
     )  # fmt: skip
-    assert LIBRARY is not None  # `serves`
     LIBRARY.whit_attend(given, torch.get_num_threads())
     return out
 
 
 def _added(mask: Tensor, rows: int, n: int) -> Tensor:
     """What a mask adds to the scores, float32 [rows, n]."""
-    if mask.dim() != 4 or mask.shape[0] not in (1, rows) or mask.shape[1:] != (1, 1, n):
-        raise ValueError(f"a mask for {rows} rows and {n} tokens is [{rows}, 1, 1, {n}], not {list(mask.shape)}")
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape).masked_fill_(mask.logical_not(), float("-inf"))
     return mask.float().expand(rows, 1, 1, n).reshape(rows, n).contiguous()

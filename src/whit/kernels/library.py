@@ -89,7 +89,7 @@ class Native:
         x = x.contiguous()
         m = x.numel() // cols
         bias = None if bias is None else bias.to(x.dtype).contiguous()
-        y = x.new_empty((*x.shape[:-1], rows))
+        y = x.new_empty(*x.shape[:-1], rows)
         arguments = (
             x.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[x.dtype],
             torch.get_num_threads(), pointers,
@@ -122,7 +122,7 @@ class Native:
         x, x_scale = x.contiguous(), x_scale.float().contiguous()
         m = x.numel() // cols
         bias = None if bias is None else bias.to(dtype).contiguous()
-        y = x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+        y = x.new_empty(*x.shape[:-1], rows, dtype=dtype)
         if m:
             function = self.library.whit_linear_int8_many if m >= MANY_TILED else self._linear_int8
             arguments = (

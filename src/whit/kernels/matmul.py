@@ -76,6 +76,8 @@ def rows(packed: Packed, index: Tensor, dtype: torch.dtype = torch.float32) -> T
 
     Raises IndexError for an index that is not a row.
     """
+    if unwatched(index) and (ready := _ready(packed)) and library.NATIVE is not None and dtype in library.FLOATS:
+        return library.NATIVE.rows(index, dtype, *ready[0])
     form = packed.form
     if form.kind is Kind.PLAIN:
         return _decoded(packed)[index].to(dtype)

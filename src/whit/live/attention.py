@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whit.kernels.attention import attend, serves
+from whit.kernels.attention import attend
 from whit.kernels.matmul import unwatched
 
 NAME = "whit"
 THEIRS = "sdpa"
-# What transformers' function for torch's attention is told besides, and this one does not know; None says nothing.
-UNKNOWN = ("position_bias", "cache", "softcap")
 
 
 class Registered:
@@ -72,18 +70,18 @@ def attention(
     Returns [rows, n, heads, width], and None.
     """
     if (
-        query.dtype in (torch.bfloat16, torch.float16)  # in float32 torch's own is as fast
-        and query.shape[2] == 1
+        query.shape[2] == 1
+        and query.dtype in (torch.bfloat16, torch.float16)  # in float32 torch's own is as fast
         and not dropout
-        and (attention_mask is None or attention_mask.shape[1:3] == (1, 1))
-        and all(others.get(name) is None for name in UNKNOWN)
         and unwatched(query)
-        and serves(query, key, value)
+        and others.get("position_bias") is others.get("cache") is others.get("softcap") is None
     ):
-        return attend(query, key, value, attention_mask, scaling), None
+        found = attend(query, key, value, attention_mask, scaling)
+        if found is not None:
+            return found, None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    found: tuple[Tensor, None] = sdpa_attention_forward(
+    theirs: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
     )
-    return found
+    return theirs

@@ -28,7 +28,6 @@ struct Given {
 const Kernels* kernels();  // those in use
 
 constexpr int64_t ALIGN = 64;
-constexpr int64_t MOST_TOGETHER = 8;  // products of one x in one call
 constexpr int64_t SMALL = 1 << 17;  // weights times rows of x below which a second thread does not pay
 
 // Uninitialised memory of one thread, kept from call to call: a fresh allocation of this size costs page faults.
@@ -123,12 +122,9 @@ inline void to_floats(const void* x, int64_t from, int64_t n, int type, float* o
 inline int64_t segments_of(int64_t group, int64_t segment) { return (group + segment - 1) / segment; }
 
 inline bool finite(const float* x, int64_t n) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t magnitude = to_bits(x[i]) & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
-  }
-  return most < 0x7f800000;
+  uint32_t beyond = 0;
+  for (int64_t i = 0; i < n; i++) beyond |= uint32_t((to_bits(x[i]) & 0x7f800000) == 0x7f800000);
+  return !beyond;
 }
 
 inline int threads_for(const Matrix& w, int64_t m, int threads) { return w.rows * w.padded * m < SMALL ? 1 : threads; }

@@ -132,27 +132,18 @@ struct Product {
   }
 };
 
-// All tiles of n products, as if they were one matrix.
-void run_tiles(const Product* products, int64_t n, int threads) {
-  if (threads == 1) {
-    for (const Product* p = products; p < products + n; p++) {
-      int64_t tile = 0;
-      // one thread may get more from memory with several tiles under way; two or more are faster with one each
-      if (p->streams && p->a.m == 1)
-        for (; tile + STREAMS <= p->tiles(); tile += STREAMS) p->run_streams(tile);
-      for (; tile < p->tiles(); tile++) p->run(tile);
-    }
+void run_tiles(const Product& p, int threads) {
+  const int64_t tiles = p.tiles();
+  if (threads == 1) {  // no parallel region, which alone costs as much as a small product
+    int64_t tile = 0;
+    // one thread may get more from memory with several tiles under way; two or more are faster with one each
+    if (p.streams && p.a.m == 1)
+      for (; tile + STREAMS <= tiles; tile += STREAMS) p.run_streams(tile);
+    for (; tile < tiles; tile++) p.run(tile);
     return;
   }
-  int64_t tiles = 0;
-  for (const Product* p = products; p < products + n; p++) tiles += p->tiles();
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < tiles; i++) {
-    const Product* p = products;
-    int64_t tile = i;
-    for (; tile >= p->tiles(); p++) tile -= p->tiles();
-    p->run(tile);
-  }
+  for (int64_t tile = 0; tile < tiles; tile++) p.run(tile);
 }
 
 void run_rows(const Matrix& w, const float* x, int64_t m, const float* x_scale, int64_t scale_step, const void* bias,
@@ -228,23 +219,18 @@ WHIT_EXPORT int whit_choose(const char* name) {
   return 0;
 }
 
-namespace {
-
-int64_t room_of(const Matrix& w, int64_t m) {  // bytes of scratch for x
-  return m * (w.padded * (4 + PARTS) + w.groups * segments_of(w.group, FIXED) * 20) + 8 * ALIGN;
-}
-
-const float* padded_floats(const Matrix& w, const void* x, int64_t m, int type) {
+// y [m][rows] = x [m][cols] times the transposed matrix + bias [rows]; x, bias and y of `type`.
+WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y, int type, int threads, const Given* given) {
+  const Matrix w = matrix(given);
+  threads = threads_for(w, m, threads);
+  const int64_t n_segments = w.groups * segments_of(w.group, FIXED);
+  scratch.reserve(m * (w.padded * (4 + PARTS) + n_segments * 20) + 8 * ALIGN);
   float* padded = scratch.take<float>(m * w.padded);
   for (int64_t i = 0; i < m; i++) {
     to_floats(x, i * w.cols, w.cols, type, padded + i * w.padded);
     memset(padded + i * w.padded + w.cols, 0, size_t(w.padded - w.cols) * 4);
   }
-  return padded;
-}
-
-Product product_of(const Matrix& w, const void* x, int64_t m, const void* bias, void* y, int type) {
-  const float* padded = padded_floats(w, x, m, type);
+  if (w.books) return run_rows(w, padded, m, nullptr, 0, bias, y, type, threads);
   const Kernels* k = kernels();
   Product p = {k->tile_float, nullptr, w, {}, nullptr, 0, bias, y, type};
   if (!w.integer || !k->tile_fixed || !finite(padded, m * w.padded)) {
@@ -254,33 +240,7 @@ Product product_of(const Matrix& w, const void* x, int64_t m, const void* bias, 
   } else {
     p.tile_of = k->tile_fixed, p.streams = k->streams_fixed, p.a = as_fixed(w, padded, m, PARTS);
   }
-  return p;
-}
-
-}  // namespace
-
-// y [m][rows] = x [m][cols] times the transposed matrix + bias [rows]; x, bias and y of `type`.
-WHIT_EXPORT void whit_linear(const void* x, int64_t m, const void* bias, void* y, int type, int threads, const Given* given) {
-  const Matrix w = matrix(given);
-  threads = threads_for(w, m, threads);
-  scratch.reserve(room_of(w, m));
-  if (w.books) return run_rows(w, padded_floats(w, x, m, type), m, nullptr, 0, bias, y, type, threads);
-  const Product p = product_of(w, x, m, bias, y, type);
-  run_tiles(&p, 1, threads);
-}
-
-// The same for n <= MOST_TOGETHER matrices in the tile form and one x: `bias` and `y` of each.
-WHIT_EXPORT void whit_linear_together(const void* x, int64_t m, const void* const* bias, void* const* y, int type,
-                                      int threads, const Given* const* given, int64_t n) {
-  Product products[MOST_TOGETHER];
-  int64_t room = 0, work = 0;
-  for (int64_t i = 0; i < n; i++) {
-    products[i].w = matrix(given[i]);
-    room += room_of(products[i].w, m), work += products[i].w.rows * products[i].w.padded * m;
-  }
-  scratch.reserve(room);
-  for (int64_t i = 0; i < n; i++) products[i] = product_of(products[i].w, x, m, bias[i], y[i], type);
-  run_tiles(products, n, work < SMALL ? 1 : threads);
+  run_tiles(p, threads);
 }
 
 // y [m][rows] = x_scale [m or 1] * x [m][cols] int8 times the transposed matrix + bias.
@@ -295,7 +255,7 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
       for (int64_t j = 0; j < w.padded; j++) padded[i * w.padded + j] = j < w.cols ? float(x[i * w.cols + j]) : 0.0f;
     if (w.books) return run_rows(w, padded, m, x_scale, scale_step, bias, y, type, threads);
     const Product p = {kernels()->tile_float, nullptr, w, as_floats(w, padded, m), x_scale, scale_step, bias, y, type};
-    return run_tiles(&p, 1, threads);
+    return run_tiles(p, threads);
   }
   const int64_t per_group = segments_of(w.group, SEGMENT), n_sums = w.groups * per_group;
   scratch.reserve(m * (w.padded + n_sums * 8) + 4 * ALIGN);
@@ -315,7 +275,7 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
   Activations a = {};
   a.m = m, a.stride = w.padded, a.groups = w.groups, a.q = padded, a.q_sums = sums, a.q_start = starts(w, sums, m * n_sums);
   const Product p = {kernels()->tile_int8, kernels()->streams_int8, w, a, x_scale, scale_step, bias, y, type};
-  run_tiles(&p, 1, threads);
+  run_tiles(p, threads);
 }
 
 // q [m][cols] and scale [m] of x [m][cols]: symmetric, halves to even.
