@@ -48,6 +48,7 @@ class Pointers(ctypes.Structure):
 _M = ctypes.POINTER(Pointers)
 _SIGNATURES = {
     "whit_linear": (_P, _L, _P, _P, _I, _I, _M),
+    "whit_linear_dynamic": (_P, _L, _P, _P, _I, _I, _M),
     "whit_linear_int8": (_P, _L, _P, _L, _P, _P, _I, _I, _M),
     "whit_linear_many": (_P, _L, _P, _P, _I, _I, _M),
     "whit_linear_int8_many": (_P, _L, _P, _L, _P, _P, _I, _I, _M),
@@ -135,6 +136,20 @@ class Native:
                     wide = self._slabs(x.float(), None, matrix) * x_scale
                     return (wide if bias is None else wide + bias.float()).to(dtype)
                 self._linear_int8(*arguments)
+        return y
+
+    def linear_dynamic(self, x: Tensor, bias: Tensor | None, matrix: Matrix, pointers: Pointers) -> Tensor:
+        """As `matmul.linear_dynamic`, for less than MANY_TILED rows of x; pointers as in `linear`."""
+        rows, cols = shape_of(matrix)
+        _check(x, bias, rows, cols)
+        x = x.contiguous()
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        y = x.new_empty(*x.shape[:-1], rows)
+        if x.numel():
+            self.library.whit_linear_dynamic(
+                x.data_ptr(), x.numel() // cols, None if bias is None else bias.data_ptr(), y.data_ptr(),
+                FLOATS[x.dtype], torch.get_num_threads(), pointers,
+            )  # fmt: skip
         return y
 
     def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,19 @@ def linear_int8(
     return torch.ops.whit.linear_int8.default(x, scale, bias, dtype, *_matrix(packed, form))
 
 
+def linear_dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """`linear_int8` of what `quantize_rows` makes of x: the same bits, in one call for a few rows.
+
+    x  [..., cols] float32, bfloat16 or float16
+    Returns [..., rows] in x.dtype.
+    """
+    few = 0 < x.numel() < library.MANY_TILED * x.shape[-1]
+    if few and unwatched(x) and (ready := _ready(packed)) and library.NATIVE is not None and x.dtype in library.FLOATS:
+        return library.NATIVE.linear_dynamic(x, bias, *ready)
+    codes, scale = quantize_rows(x)
+    return linear_int8(codes, scale, packed, bias, x.dtype)
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int8 and scales float32 [..., 1] of rows: symmetric, scale = largest magnitude / 127, halves to even.
 

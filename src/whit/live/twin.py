@@ -21,7 +21,7 @@ from torch.nn import functional
 from whit.errors import BadWeightsError
 from whit.grids.grid import Grid, Params
 from whit.grids.quantized import QuantizedTensor
-from whit.kernels.matmul import dequantize, linear, linear_int8
+from whit.kernels.matmul import dequantize, linear, linear_dynamic, linear_int8
 from whit.live.inputs import Inputs
 from whit.live.learner import Learner
 from whit.live.stored import Frozen, Stored
@@ -269,8 +269,8 @@ def part(model: nn.Module, twins: Iterable[Twin]) -> list[Twin]:
 
 def multiplied(twin: Twin, x: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., cols] times the transposed matrix of a twin, plus the bias [rows]: [..., rows]."""
-    inputs = twin.inputs
-    frozen = cast("Frozen | None", twin._modules.get("frozen"))  # torch's way to an attribute takes half a microsecond
+    modules = twin._modules  # torch's own way to an attribute takes half a microsecond
+    inputs, frozen = cast("Inputs | None", modules.get("inputs")), cast("Frozen | None", modules.get("frozen"))
     if frozen is None:
         return functional.linear(x if inputs is None else inputs(x), twin.seen(), bias)
     dtype = _autocast(x) if torch._C._is_any_autocast_enabled() else x.dtype
@@ -278,6 +278,8 @@ def multiplied(twin: Twin, x: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x if dtype is x.dtype else x.to(dtype), frozen.packed, bias)
     learning = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if inputs.counts and not learning and x.dtype != torch.float64:  # sums of codes end in float32
+        if not inputs.static and dtype is x.dtype:
+            return linear_dynamic(x, frozen.packed, bias)
         codes, scale = inputs.codes(x)
         return linear_int8(codes, scale, frozen.packed, bias, dtype)
     return linear(inputs(x).to(dtype), frozen.packed, bias)

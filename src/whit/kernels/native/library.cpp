@@ -281,7 +281,7 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
 // q [m][cols] and scale [m] of x [m][cols]: symmetric, halves to even.
 WHIT_EXPORT void whit_quantize_rows(const void* x, int64_t m, int64_t cols, int8_t* q, float* scale, int type,
                                     int threads) {
-#pragma omp parallel for schedule(static) num_threads(m* cols < SMALL ? 1 : threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (m * cols >= SMALL)
   for (int64_t i = 0; i < m; i++) {
     scratch_of_part.reserve(cols * 4 + ALIGN);
     float* row = scratch_of_part.take<float>(cols);
@@ -302,6 +302,17 @@ WHIT_EXPORT void whit_quantize_rows(const void* x, int64_t m, int64_t cols, int8
       q[i * cols + j] = rounded == rounded ? int8_t(int(rounded)) : int8_t(0);
     }
   }
+}
+
+// whit_linear_int8 of x [m][cols] of `type`, which is put in int8 first, with a scale for each row.
+WHIT_EXPORT void whit_linear_dynamic(const void* x, int64_t m, const void* bias, void* y, int type, int threads,
+                                     const Given* given) {
+  thread_local Scratch codes;
+  codes.reserve(m * (given->cols + 4) + 2 * ALIGN);
+  int8_t* q = codes.take<int8_t>(m * given->cols);
+  float* scale = codes.take<float>(m);
+  whit_quantize_rows(x, m, given->cols, q, scale, type, threads);
+  whit_linear_int8(q, m, scale, 1, bias, y, type, threads, given);
 }
 
 // out [last - first][cols] of `type`: rows first .. last; in the tile form `first` is a multiple of 16.
