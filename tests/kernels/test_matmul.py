@@ -18,7 +18,7 @@ from whit.grids.scaled import Offset, PerChannel, PerGroup, PerTensor, Scaled, i
 from whit.grids.sparse import Sparse
 from whit.kernels import library, matmul, reference
 from whit.kernels.form import Kind
-from whit.kernels.matmul import dequantize, linear, linear_dynamic, linear_int8, native, quantize_rows, rows
+from whit.kernels.matmul import dequantize, linear, linear_int8, linear_rounded, native, quantize_rows, rows
 from whit.kernels.packed import Packed, pack, unpack
 from whit.rounding.nearest import nearest
 
@@ -376,13 +376,15 @@ def test_an_index_out_of_range_is_refused(kernels: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", ["q4_0", "int8", "nf4-g64", "kmeans4-g64", "q4_k"])
 @pytest.mark.parametrize("shape", [(0, 256), (256,), (1, 1, 256), (2, 3, 256), (20, 256)])
-def test_rows_put_in_int8_on_the_way(kernels: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_x_put_in_int8_on_the_way(kernels: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     packed, _ = packed_of(name, 48, 256)
-    x = torch.randn(shape, generator=generator(5)).to(dtype)
+    x, scale = torch.randn(shape, generator=generator(5)).to(dtype), torch.tensor(0.013)  # of which some are cut off
+    codes = (x.float() / scale).round().clamp(-127, 127).to(torch.int8)
     for bias in (None, torch.randn(48, generator=generator(6))):
-        found = linear_dynamic(x, packed, bias)
+        found = linear_rounded(x, None, packed, bias)
         assert found.dtype == dtype
         assert torch.equal(found, linear_int8(*quantize_rows(x), packed, bias, dtype))
+        assert torch.equal(linear_rounded(x, scale, packed, bias), linear_int8(codes, scale, packed, bias, dtype))
 
 
 @pytest.mark.parametrize("name", ["q4_0", "int8", "q5_1", "kmeans4-g64"])

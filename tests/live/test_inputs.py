@@ -5,7 +5,11 @@ import torch
 from torch import Tensor
 
 from whit.calibration.ranges import Histogram
+from whit.kernels.matmul import dequantize, linear_rounded
+from whit.kernels.packed import pack
 from whit.live.inputs import FP8, INT8, KINDS, Inputs, rounded_inputs
+from whit.live.types import TYPES, fitted
+from whit.rounding.nearest import nearest
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -50,13 +54,11 @@ def test_fp8_values_are_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_codes_times_their_scale_are_what_forward_returns(static: bool) -> None:
-    x = normal(9, 33)
+def test_products_of_codes_are_those_of_what_forward_returns(static: bool) -> None:
+    x, packed = normal(9, 64), pack(nearest(normal(16, 64), fitted(TYPES["qint8"], 64)[0]))
     inputs = fixed("int8", 2.0) if static else Inputs("int8")
-    codes, scale = inputs.codes(x)
-    assert codes.dtype == torch.int8
-    assert codes.abs().max() == INT8
-    assert torch.allclose(codes.float() * scale, inputs(x), rtol=1e-6, atol=0)
+    found = linear_rounded(x, inputs.scale if static else None, packed)
+    assert torch.allclose(found, inputs(x) @ dequantize(packed).T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

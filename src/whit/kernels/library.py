@@ -48,7 +48,7 @@ class Pointers(ctypes.Structure):
 _M = ctypes.POINTER(Pointers)
 _SIGNATURES = {
     "whit_linear": (_P, _L, _P, _P, _I, _I, _M),
-    "whit_linear_dynamic": (_P, _L, _P, _P, _I, _I, _M),
+    "whit_linear_rounded": (_P, _L, _P, _P, _P, _I, _I, _M),
     "whit_linear_int8": (_P, _L, _P, _L, _P, _P, _I, _I, _M),
     "whit_linear_many": (_P, _L, _P, _P, _I, _I, _M),
     "whit_linear_int8_many": (_P, _L, _P, _L, _P, _P, _I, _I, _M),
@@ -138,17 +138,20 @@ class Native:
                 self._linear_int8(*arguments)
         return y
 
-    def linear_dynamic(self, x: Tensor, bias: Tensor | None, matrix: Matrix, pointers: Pointers) -> Tensor:
-        """As `matmul.linear_dynamic`, for less than MANY_TILED rows of x; pointers as in `linear`."""
+    def linear_rounded(
+        self, x: Tensor, x_scale: Tensor | None, bias: Tensor | None, matrix: Matrix, pointers: Pointers
+    ) -> Tensor:
+        """As `matmul.linear_rounded`, for less than MANY_TILED rows of x; pointers as in `linear`."""
         rows, cols = shape_of(matrix)
         _check(x, bias, rows, cols)
         x = x.contiguous()
         bias = None if bias is None else bias.to(x.dtype).contiguous()
         y = x.new_empty(*x.shape[:-1], rows)
         if x.numel():
-            self.library.whit_linear_dynamic(
-                x.data_ptr(), x.numel() // cols, None if bias is None else bias.data_ptr(), y.data_ptr(),
-                FLOATS[x.dtype], torch.get_num_threads(), pointers,
+            self.library.whit_linear_rounded(
+                x.data_ptr(), x.numel() // cols, None if x_scale is None else x_scale.data_ptr(),
+                None if bias is None else bias.data_ptr(), y.data_ptr(), FLOATS[x.dtype], torch.get_num_threads(),
+                pointers,
             )  # fmt: skip
         return y
 

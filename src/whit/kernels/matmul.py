@@ -52,16 +52,20 @@ def linear_int8(
     return torch.ops.whit.linear_int8.default(x, scale, bias, dtype, *_matrix(packed, form))
 
 
-def linear_dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """`linear_int8` of what `quantize_rows` makes of x: the same bits, in one call for a few rows.
+def linear_rounded(x: Tensor, scale: Tensor | None, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """`linear_int8` of x put in int8, with one scale or with those of `quantize_rows`: the same bits, in one call for a
+    few rows.
 
-    x  [..., cols] float32, bfloat16 or float16
+    x      [..., cols] float32, bfloat16 or float16
+    scale  float32, one number; codes are x / scale, halves to even, from -127 to 127. None for one a row
     Returns [..., rows] in x.dtype.
     """
-    few = 0 < x.numel() < library.MANY_TILED * x.shape[-1]
+    few = 0 < x.numel() < library.MANY_TILED * x.shape[-1] and (scale is None or scale.is_cpu)
     if few and unwatched(x) and (ready := _ready(packed)) and library.NATIVE is not None and x.dtype in library.FLOATS:
-        return library.NATIVE.linear_dynamic(x, bias, *ready)
-    codes, scale = quantize_rows(x)
+        return library.NATIVE.linear_rounded(x, scale, bias, *ready)
+    if scale is None:
+        return linear_int8(*quantize_rows(x), packed, bias, x.dtype)
+    codes = (x.float() / scale).round_().clamp_(-127, 127).to(torch.int8)
     return linear_int8(codes, scale, packed, bias, x.dtype)
 
 

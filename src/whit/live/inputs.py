@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from whit.calibration.ranges import Histogram
-from whit.kernels.matmul import quantize_rows
 
 INT8, FP8 = 127.0, 448.0
 KINDS = {"int8": INT8, "fp8": FP8}
@@ -72,12 +71,6 @@ class Inputs(nn.Module):
         if not self.enabled or (self.leaving and not self._static):
             return x
         return rounded_inputs(x, self.scale if self._static else None, self.kind)
-
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """int8 codes [..., cols] and their scale, [..., 1] or one for all."""
-        if self._static:
-            return (x.float() / self.scale).round_().clamp_(-INT8, INT8).to(torch.int8), self.scale
-        return quantize_rows(x)
 
     @property
     def counts(self) -> bool:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from whit.errors import BadWeightsError
 from whit.grids.grid import Grid, Params
 from whit.grids.quantized import QuantizedTensor
-from whit.kernels.matmul import dequantize, linear, linear_dynamic, linear_int8
+from whit.kernels.matmul import dequantize, linear, linear_rounded
 from whit.live.inputs import Inputs
 from whit.live.learner import Learner
 from whit.live.stored import Frozen, Stored
@@ -278,10 +278,8 @@ def multiplied(twin: Twin, x: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x if dtype is x.dtype else x.to(dtype), frozen.packed, bias)
     learning = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if inputs.counts and not learning and x.dtype != torch.float64:  # sums of codes end in float32
-        if not inputs.static and dtype is x.dtype:
-            return linear_dynamic(x, frozen.packed, bias)
-        codes, scale = inputs.codes(x)
-        return linear_int8(codes, scale, frozen.packed, bias, dtype)
+        given = x if dtype is x.dtype else x.float()
+        return linear_rounded(given, inputs.scale if inputs.static else None, frozen.packed, bias).to(dtype)
     return linear(inputs(x).to(dtype), frozen.packed, bias)
 
 

@@ -278,21 +278,26 @@ WHIT_EXPORT void whit_linear_int8(const int8_t* x, int64_t m, const float* x_sca
   run_tiles(p, threads);
 }
 
-// q [m][cols] and scale [m] of x [m][cols]: symmetric, halves to even.
-WHIT_EXPORT void whit_quantize_rows(const void* x, int64_t m, int64_t cols, int8_t* q, float* scale, int type,
-                                    int threads) {
+namespace {
+
+// q [m][cols] of x [m][cols], symmetric, halves to even, with the scale that is given or one for each row, put in scale [m].
+void quantize_rows(const void* x, int64_t m, int64_t cols, int8_t* q, float* scale, const float* given, int type,
+                   int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (m * cols >= SMALL)
   for (int64_t i = 0; i < m; i++) {
     scratch_of_part.reserve(cols * 4 + ALIGN);
     float* row = scratch_of_part.take<float>(cols);
     to_floats(x, i * cols, cols, type, row);
-    uint32_t most = 0;  // magnitudes compare as their bits do, and NaN is above all
-    for (int64_t j = 0; j < cols; j++) {
-      const uint32_t magnitude = to_bits(row[j]) & 0x7fffffff;
-      most = magnitude > most ? magnitude : most;
+    float step = given ? *given : 1.0f;
+    if (!given) {
+      uint32_t most = 0;  // magnitudes compare as their bits do, and NaN is above all
+      for (int64_t j = 0; j < cols; j++) {
+        const uint32_t magnitude = to_bits(row[j]) & 0x7fffffff;
+        most = magnitude > most ? magnitude : most;
+      }
+      if (most) step = from_bits(most) / 127.0f;
+      scale[i] = step;
     }
-    const float step = most ? from_bits(most) / 127.0f : 1.0f;
-    scale[i] = step;
     for (int64_t j = 0; j < cols; j++) {
       float value = row[j] / step;
       value = value > 127.0f ? 127.0f : value;  // NaN stays
@@ -304,15 +309,24 @@ WHIT_EXPORT void whit_quantize_rows(const void* x, int64_t m, int64_t cols, int8
   }
 }
 
-// whit_linear_int8 of x [m][cols] of `type`, which is put in int8 first, with a scale for each row.
-WHIT_EXPORT void whit_linear_dynamic(const void* x, int64_t m, const void* bias, void* y, int type, int threads,
-                                     const Given* given) {
+}  // namespace
+
+// q [m][cols] and scale [m] of x [m][cols].
+WHIT_EXPORT void whit_quantize_rows(const void* x, int64_t m, int64_t cols, int8_t* q, float* scale, int type,
+                                    int threads) {
+  quantize_rows(x, m, cols, q, scale, nullptr, type, threads);
+}
+
+// whit_linear_int8 of x [m][cols] of `type`, which is put in int8 first, with one scale for all or, without it, one for
+// each row.
+WHIT_EXPORT void whit_linear_rounded(const void* x, int64_t m, const float* x_scale, const void* bias, void* y, int type,
+                                     int threads, const Given* given) {
   thread_local Scratch codes;
   codes.reserve(m * (given->cols + 4) + 2 * ALIGN);
   int8_t* q = codes.take<int8_t>(m * given->cols);
   float* scale = codes.take<float>(m);
-  whit_quantize_rows(x, m, given->cols, q, scale, type, threads);
-  whit_linear_int8(q, m, scale, 1, bias, y, type, threads, given);
+  quantize_rows(x, m, given->cols, q, scale, x_scale, type, threads);
+  whit_linear_int8(q, m, x_scale ? x_scale : scale, x_scale ? 0 : 1, bias, y, type, threads, given);
 }
 
 // out [last - first][cols] of `type`: rows first .. last; in the tile form `first` is a multiple of 16.
