@@ -7,7 +7,7 @@ from torch import Tensor
 from whit.calibration.ranges import Histogram
 from whit.kernels.matmul import dequantize, linear_rounded
 from whit.kernels.packed import pack
-from whit.live.inputs import FP8, INT8, KINDS, Inputs, rounded_inputs
+from whit.live.inputs import FP8, KINDS, Inputs, rounded_inputs
 from whit.live.types import TYPES, fitted
 from whit.rounding.nearest import nearest
 
