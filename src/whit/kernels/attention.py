@@ -73,6 +73,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
     if mask is not None:
         if mask.dim() != 4 or mask.shape[0] not in (1, rows) or mask.shape[1:] != (1, 1, n) or not mask.is_cpu:
             return None
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            return None
         added = _added(mask, rows, n)
     q = q.contiguous()
     out = q.new_empty(rows, 1, heads, value_width)
@@ -88,5 +90,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
 def _added(mask: Tensor, rows: int, n: int) -> Tensor:
     """What a mask adds to the scores, float32 [rows, n]."""
     if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape).masked_fill_(mask.logical_not(), float("-inf"))
+        added = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        mask = added.masked_fill_(mask.logical_not(), float("-inf"))
     return mask.float().expand(rows, 1, 1, n).reshape(rows, n).contiguous()

@@ -60,9 +60,10 @@ def linear_rounded(x: Tensor, scale: Tensor | None, packed: Packed, bias: Tensor
     scale  float32, one number; codes are x / scale, halves to even, from -127 to 127. None for one a row
     Returns [..., rows] in x.dtype.
     """
-    few = 0 < x.numel() < library.MANY_TILED * x.shape[-1] and (scale is None or scale.is_cpu)
-    if few and unwatched(x) and (ready := _ready(packed)) and library.NATIVE is not None and x.dtype in library.FLOATS:
-        return library.NATIVE.linear_rounded(x, scale, bias, *ready)
+    if unwatched(x) and (scale is None or (scale.is_cpu and scale.dtype == torch.float32)):
+        few = 0 < x.numel() < library.MANY_TILED * x.shape[-1] and x.dtype in library.FLOATS
+        if few and library.NATIVE is not None and (ready := _ready(packed)):
+            return library.NATIVE.linear_rounded(x, scale, bias, *ready)
     if scale is None:
         return linear_int8(*quantize_rows(x), packed, bias, x.dtype)
     codes = (x.float() / scale).round_().clamp_(-127, 127).to(torch.int8)
@@ -102,7 +103,7 @@ def rows(packed: Packed, index: Tensor, dtype: torch.dtype = torch.float32) -> T
 
 
 def native() -> str:
-    """Which native code is used: "avx512-vnni" (", four tiles" on Intel's processors), "avx2", "neon", "generic", or
+    """Which native code is used: "avx512-vnni" (", four tiles" on others than AMD's), "avx2", "neon", "generic", or
     "none" without any."""
     return "none" if library.NATIVE is None else library.NATIVE.name
 

@@ -1,12 +1,15 @@
 """Attention while a frozen model writes one token at a time.
 
-transformers lets models name the function they attend with. Those that name torch's ("sdpa") get one here that takes
-the kernel of `kernels.attention` where it serves, is faster and nothing watches, and torch's for everything else.
+transformers' models look up the function that they attend with by a name, and also decide by that name what they hand
+over (masks, sparse indices), so the name must stay "sdpa". What is registered under it is therefore wrapped: layers of
+frozen models take the kernel of `kernels.attention` where it serves, is faster and nothing watches; for everything
+else, and for all other models, transformers' own function is called.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,74 +17,51 @@ from torch import Tensor, nn
 
 from whit.kernels.attention import attend
 from whit.kernels.matmul import unwatched
+from whit.live.twin import Twin
 
-NAME = "whit"
 THEIRS = "sdpa"
-
-
-class Registered:
-    """Says in copies and pickles of a model that its function must be known where they come to life."""
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return register, ()
-
-
-def register() -> Registered:
-    """Make the function known to transformers, under `NAME`, with the masks of torch's attention."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[THEIRS])
-    return Registered()
+MARK = "_whit_attends"
+Attention = Callable[..., tuple[Tensor, None]]
 
 
 def attend_natively(model: nn.Module) -> None:
-    """Let the parts of a model that attend with torch's function take the one here, in place.
-
-    `model.set_attn_implementation("sdpa")` takes it back; no file that is saved says anything of it.
-    """
+    """Let the layers of a frozen model that attend with torch's function take the kernel, in place."""
     if "transformers" not in sys.modules:  # then it is none of theirs
         return
-    from transformers import PreTrainedModel
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    for each in model.modules():
-        if not isinstance(each, PreTrainedModel) or each.config._attn_implementation != THEIRS:
-            continue
-        if type(each)._can_set_attn_implementation():
-            each._whit_attention = register()
-            each.config._attn_implementation_internal = NAME
+    theirs = ALL_ATTENTION_FUNCTIONS[THEIRS]
+    if not hasattr(theirs, MARK):
+        AttentionInterface.register(THEIRS, wrapped(theirs))
+    for module in model.modules():
+        if any(isinstance(child, Twin) for child in module.children()):
+            setattr(module, MARK, True)
 
 
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """As transformers' function for torch's attention.
+def wrapped(theirs: Attention) -> Attention:
+    """transformers' function for torch's attention, with the kernel for one token of marked layers.
 
-    query       [rows, heads, n, width]
-    key, value  [rows, key heads, n, width]
-    Returns [rows, n, heads, width], and None.
+    theirs  module, query [rows, heads, n, width], key and value [rows, key heads, n, width], mask, and what else it is
+            told; returns [rows, n, heads, width], and None
     """
-    if (
-        query.shape[2] == 1
-        and query.dtype in (torch.bfloat16, torch.float16)  # in float32 torch's own is as fast
-        and not dropout
-        and unwatched(query)
-        and others.get("position_bias") is others.get("cache") is others.get("softcap") is None
-    ):
-        found = attend(query, key, value, attention_mask, scaling)
-        if found is not None:
-            return found, None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    theirs: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-    )
-    return theirs
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
+    ) -> tuple[Tensor, None]:
+        if (
+            getattr(module, MARK, False)
+            and query.shape[2] == 1
+            and query.dtype in (torch.bfloat16, torch.float16)  # in float32 torch's own is as fast
+            and not others.get("dropout")
+            and others.get("position_bias") is others.get("cache") is others.get("softcap") is None
+            and unwatched(query)
+            and not torch._C._is_any_autocast_enabled()
+        ):
+            found = attend(query, key, value, attention_mask, others.get("scaling"))
+            if found is not None:
+                return found, None
+        return theirs(module, query, key, value, attention_mask, **others)
+
+    setattr(attention, MARK, True)
+    return attention
