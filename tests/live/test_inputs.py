@@ -2,12 +2,13 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whit.calibration.ranges import Histogram
 from whit.kernels.matmul import dequantize, linear_rounded
 from whit.kernels.packed import pack
 from whit.live.inputs import FP8, KINDS, Inputs, rounded_inputs
+from whit.live.quantize import freeze, quantize
 from whit.live.types import TYPES, fitted
 from whit.rounding.nearest import nearest
 
@@ -148,3 +149,14 @@ def test_a_copy_has_its_own_scale() -> None:
 def test_scales_of_tiny_ranges_stay_finite() -> None:
     y = fixed("int8", 1e-40)(torch.tensor([1e-41, 0.0, -1.0]))
     assert torch.isfinite(y).all()
+
+
+def test_layers_with_rounded_inputs_are_exported_for_any_number_of_rows() -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    quantize(model, "q4_0", "qint8")
+    freeze(model)
+    rows = torch.export.Dim("rows", min=2, max=512)
+    with torch.no_grad():
+        exported = torch.export.export(model, (normal(4, 64),), dynamic_shapes=({0: rows},))
+        for n in (3, 100):
+            assert torch.equal(exported.module()(normal(n, 64)), model(normal(n, 64)))
