@@ -372,6 +372,17 @@ constexpr Kernels with_streams() {
 
 constexpr Kernels four_tiles = with_streams();
 
+}  // namespace
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+// Asked of any processor, and so outside of what is compiled for those that have it.
 bool usable() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -380,12 +391,6 @@ bool usable() {
 }
 
 }  // namespace
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
 
 const Kernels* avx512() { return usable() ? &kernels : nullptr; }
 const Kernels* avx512_four_tiles() { return usable() ? &four_tiles : nullptr; }
